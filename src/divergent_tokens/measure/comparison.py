@@ -1,0 +1,309 @@
+"""A base compared with its candidates, on the same prompts and against the same noise floor."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from divergent_tokens.errors import DivergentTokensError
+from divergent_tokens.measure import metrics
+from divergent_tokens.measure.batches import BatchSize, first_batch_size
+from divergent_tokens.measure.completions import Completions, complete
+from divergent_tokens.measure.engine import EngineScores, read_scores
+from divergent_tokens.measure.examples import Example, write_examples
+from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.measure.metrics import Divergence, divergence
+from divergent_tokens.measure.pairs import Pair, compare_pairs
+from divergent_tokens.measure.perplexity import perplexity
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.rounding import lent_rounding
+from divergent_tokens.measure.rows import Row, TokenArrays, rows_of
+from divergent_tokens.measure.scores import TokenScores, logprobs_of, score, score_base
+from divergent_tokens.measure.states import States, base_states
+from divergent_tokens.measure.summaries import Metrics, summarize
+from divergent_tokens.models import Model, check_same_vocabulary
+
+SCHEMA = "divergent-tokens/comparison/1"
+ROUNDING_FACTOR = 3
+"""What lies under so many times the rounding floor cannot be told from rounding."""
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """All that was found out about one candidate."""
+
+    name: str
+    metrics: Metrics
+    rows: tuple[Row, ...]
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; `to_json` is the content of comparison.json."""
+
+    base: Model
+    completions: Completions
+    margins: NDArray[np.float32]
+    """The base's margins. [prompt, token]"""
+    noise_floor: Metrics
+    """The base against its own completions."""
+    rounding: Metrics
+    """The base after a flip of the lowest bits of its first layer."""
+    candidates: tuple[CandidateResult, ...]
+    pairs: tuple[Pair, ...]
+    seed: int
+    command: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values in the form of the JSON Schema that comes with the package."""
+        return {
+            "schema": SCHEMA,
+            "versions": versions(),
+            "command": list(self.command),
+            "seed": self.seed,
+            "base": {
+                "reference": self.base.reference,
+                "fingerprint": self.base.fingerprint,
+                "dtype": str(self.base.dtype).removeprefix("torch."),
+                "device": str(self.base.device),
+            },
+            "prompts": self._prompts_json(),
+            "noise_floor": self.noise_floor.to_json(),
+            "rounding": self.rounding.to_json(),
+            "candidates": [
+                {
+                    "name": candidate.name,
+                    "metrics": candidate.metrics.to_json(),
+                    "rows": [vars(row) for row in candidate.rows],
+                    "examples": [vars(example) for example in candidate.examples],
+                }
+                for candidate in self.candidates
+            ],
+            "pairs": [pair.to_json() for pair in self.pairs],
+        }
+
+    def _prompts_json(self) -> dict[str, Any]:
+        c = self.completions
+        return {
+            "source": c.prompts.source,
+            "digest": c.prompts.digest,
+            "n_prompts": len(c.prompts),
+            "left_out": c.prompts.left_out,
+            "skipped": c.prompts.skipped,
+            "prefix": c.prompts.prefix,
+            "new_tokens": c.new_tokens,
+            "ignore_eos": c.ignore_eos,
+            "texts": [prompt.text for prompt in c.prompts.prompts],
+            "margins": [
+                [round(float(m), 4) for m in row[:length]]
+                for row, length in zip(self.margins, c.lengths, strict=True)
+            ],
+        }
+
+
+def compare(
+    base: Model,
+    candidates: Mapping[str, AbstractContextManager[Model]],
+    prompts: PromptSet,
+    *,
+    scores: Mapping[str, Path] | None = None,
+    new_tokens: int = 128,
+    ignore_eos: bool = False,
+    text: str | None = None,
+    n_examples: int = 0,
+    level: float = 0.95,
+    seed: int = 0,
+    batch_size: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+    command: Sequence[str] = (),
+) -> Comparison:
+    """How far each candidate has moved from the base, on the base's completions of the prompts.
+
+    A candidate is a context manager that yields its model; it is entered once, and left before the
+    next: weights that are lent, or a checkpoint that is loaded for the while. `scores` are files
+    that another engine made. With a `text`, its perplexity is measured too. The `n_examples`
+    earliest divergences are written out, the only text that a candidate generates.
+    """
+    scores = scores or {}
+    if not candidates and not scores:
+        raise DivergentTokensError(
+            "there is no candidate to compare with the base; give a model, a scheme or a scores file"
+        )
+    completions = complete(
+        base,
+        prompts,
+        new_tokens=new_tokens,
+        ignore_eos=ignore_eos,
+        batch_size=batch_size,
+        cache=cache,
+        progress=progress,
+    )
+    engines = {name: read_scores(path, completions) for name, path in scores.items()}
+    head = find_head(base.network)
+    size = BatchSize(batch_size) if batch_size else first_batch_size(base.device)
+    states = base_states(base, head, completions, batch_size=size, cache=cache, progress=progress)
+    own = score_base(base, head, completions, states)
+    run = _Run(base, head, completions, states, own, text, n_examples, level, seed, progress)
+    floor = run.summary(_divergence(own, completions), run.perplexity("base", base, head))
+    with lent_rounding(base, seed=seed) as rounded:
+        rounding = run.measure("rounding", rounded).metrics
+    results = []
+    for name, candidate in candidates.items():
+        with candidate as model:
+            check_same_vocabulary(base, model)
+            results.append(run.measure(name, model))
+    results += [run.engine(name, engine) for name, engine in engines.items()]
+    return Comparison(
+        base=base,
+        completions=completions,
+        margins=own.margins,
+        noise_floor=floor,
+        rounding=rounding,
+        candidates=tuple(results),
+        pairs=compare_pairs(
+            {result.name: np.array([row.fdt for row in result.rows]) for result in results},
+            completions.lengths,
+            level=level,
+            seed=seed,
+        ),
+        seed=seed,
+        command=tuple(command),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every candidate of one comparison shares."""
+
+    base: Model
+    head: Head
+    completions: Completions
+    states: States
+    own: TokenScores
+    """The base's scores of its own completions."""
+    text: str | None
+    n_examples: int
+    level: float
+    seed: int
+    progress: Progress
+
+    def measure(self, name: str, model: Model) -> CandidateResult:
+        head = self.head if model.network is self.base.network else find_head(model.network)
+        scores = score(
+            model, head, self.completions, self.head, self.states, name=name, progress=self.progress
+        )
+        arrays = TokenArrays(
+            argmax_ids=scores.argmax_ids,
+            margins=self.own.margins,
+            base_logprobs=self.own.logprobs,
+            logprobs=scores.logprobs,
+            base_argmax_logprobs=scores.base_argmax_logprobs,
+            argmax_logprobs=scores.argmax_logprobs,
+        )
+        ppl = self.perplexity(name, model, head)
+        return self._result(name, _divergence(scores, self.completions), arrays, model, ppl)
+
+    def engine(self, name: str, engine: EngineScores) -> CandidateResult:
+        found = divergence(
+            engine.argmax_ids,
+            self.completions.ids,
+            self.completions.mask,
+            logprobs=engine.logprobs,
+            base_logprobs=self.own.logprobs,
+        )
+        arrays = TokenArrays(
+            argmax_ids=engine.argmax_ids,
+            margins=self.own.margins,
+            base_logprobs=self.own.logprobs,
+            logprobs=engine.logprobs,
+            base_argmax_logprobs=logprobs_of(
+                engine.argmax_ids, self.base, self.head, self.completions, self.states
+            ),
+            argmax_logprobs=engine.argmax_logprobs,
+        )
+        return self._result(name, found, arrays, None, None)
+
+    def _result(
+        self,
+        name: str,
+        found: Divergence,
+        arrays: TokenArrays,
+        model: Model | None,
+        ppl: dict[str, Any] | None,
+    ) -> CandidateResult:
+        examples = write_examples(
+            found,
+            arrays.argmax_ids,
+            self.own.margins,
+            self.completions,
+            self.base,
+            model,
+            n=self.n_examples,
+        )
+        rows = rows_of(found, arrays, self.completions, self.base.tokenizer)
+        return CandidateResult(name, self.summary(found, ppl), rows, examples)
+
+    def summary(self, found: Divergence, ppl: dict[str, Any] | None) -> Metrics:
+        prompts = self.completions.prompts.prompts
+        at_first = [
+            None if censored else float(self.own.margins[i, t])
+            for i, (t, censored) in enumerate(zip(found.fdt, found.censored, strict=True))
+        ]
+        return summarize(
+            found,
+            at_first,
+            metrics.repeated(self.completions.ids, self.completions.mask),
+            level=self.level,
+            seed=self.seed,
+            domains=[prompt.domain for prompt in prompts],
+            languages=[prompt.language for prompt in prompts],
+            ppl=ppl,
+        )
+
+    def perplexity(self, name: str, model: Model, head: Head) -> dict[str, Any] | None:
+        if self.text is None:
+            return None
+        found = perplexity(
+            model,
+            head,
+            self.text,
+            context=self.completions.prompts.prefix or 64,
+            batch_size=self.states.batch_size,
+            name=f"{name}, text",
+            progress=self.progress,
+        )
+        return found.to_json(level=self.level, seed=self.seed)
+
+
+def _divergence(scores: TokenScores, completions: Completions) -> Divergence:
+    return divergence(
+        scores.argmax_ids,
+        completions.ids,
+        completions.mask,
+        logprobs=scores.logprobs,
+        base_logprobs=scores.base_logprobs,
+        kl=scores.kl,
+        acceptance=scores.acceptance,
+    )
+
+
+def indistinguishable(candidate: Metrics, rounding: Metrics) -> bool:
+    """Whether a candidate lies under three times the rounding floor, by KL, or by SDT without one."""
+    own, floor = candidate.kl or candidate.sdt, rounding.kl if candidate.kl else rounding.sdt
+    if floor is None or own.value is None or floor.value is None:
+        return False
+    return own.value <= ROUNDING_FACTOR * floor.value
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers come from."""
+    names = ("divergent-tokens", "torch", "transformers", "numpy", "scipy")
+    return {name: version(name) for name in names}

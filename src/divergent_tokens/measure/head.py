@@ -1,0 +1,107 @@
+"""The seam between a model's layers and its head: final hidden states in, logits out, chunk by chunk."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from divergent_tokens.errors import ModelError
+
+
+class _BodyDone(Exception):  # noqa: N818  # not an error: it carries the body's output out of the forward
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class Head:
+    """A network split after its last layer; both halves are run by the network's own forward.
+
+    The head is more than one matrix: Gemma 2 caps its logits, Granite and Cohere scale them.
+    So nothing is rebuilt here. To get hidden states, the forward is left when the body returns;
+    to get logits, it runs with a body that hands out hidden states known already.
+    """
+
+    network: PreTrainedModel
+    body: nn.Module
+    """The submodule whose first output is the final hidden state."""
+    output: type[ModelOutput]
+    """What the body returns."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden states [prompt, token, hidden] of ids [prompt, token], padded on the right.
+
+        Padding needs no mask: attention and state-space layers look to the left only.
+        """
+
+        def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _BodyDone(output[0])
+
+        hook = self.body.register_forward_hook(leave)
+        try:
+            self.network(input_ids=ids, use_cache=False)
+        except _BodyDone as done:
+            return done.hidden
+        finally:
+            hook.remove()
+        raise ModelError(f"{type(self.network).__name__} did not run the layers it ran when it was loaded")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The network's logits [token, vocab] in float32 for hidden states [token, hidden]."""
+        with self._returning(hidden[None]):
+            logits: Tensor = self.network(inputs_embeds=hidden[None], use_cache=False).logits
+        return logits[0].float()
+
+    @contextmanager
+    def _returning(self, hidden: Tensor) -> Iterator[None]:
+        def forward(*_args: Any, **_kwargs: Any) -> ModelOutput:
+            return self.output(last_hidden_state=hidden)
+
+        before = self.body.__dict__.get("forward")  # accelerate puts its own here
+        self.body.forward = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.body.forward
+            else:
+                self.body.forward = before
+
+
+@torch.no_grad()
+def find_head(network: PreTrainedModel) -> Head:
+    """Where the network's layers end, found by watching one short forward pass.
+
+    Raises ModelError where the two halves do not give the network's own logits, bit for bit.
+    """
+    calls: list[tuple[nn.Module, ModelOutput]] = []
+
+    def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, ModelOutput) and module is not network:
+            calls.append((module, output))
+
+    hooks = [module.register_forward_hook(watch) for module in network.modules()]
+    ids = torch.arange(4, device=network.get_input_embeddings().weight.device)[None]
+    try:
+        whole = network(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        raise ModelError(
+            f"{type(network).__name__} has no part that returns final hidden states; "
+            "expected a decoder-only model in the way of transformers' *ForCausalLM classes"
+        )
+    body, output = calls[-1]  # the last to return is the outermost
+    head = Head(network, body, type(output))
+    if not torch.equal(head.logits(head.hidden(ids)[0]), whole[0].float()):
+        raise ModelError(
+            f"the logits of {type(network).__name__} do not follow from its final hidden states alone; "
+            "such a model cannot be scored here"
+        )
+    return head

@@ -1,0 +1,191 @@
+"""Per-token scores of a model on the base's completions, from one teacher-forced pass."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from divergent_tokens.errors import ModelError
+from divergent_tokens.measure.batches import BatchSize
+from divergent_tokens.measure.completions import Completions
+from divergent_tokens.measure.head import Head
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.states import States, hidden_batches
+from divergent_tokens.models import Model
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of one [token, vocab] float32 array; about ten of them live at once, whatever the number of prompts."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One model, one number a token of the base's completions; all arrays are [prompt, token].
+
+    Log-probabilities are natural. Where `mask` is False the numbers mean nothing.
+    """
+
+    mask: NDArray[np.bool_]
+    argmax_ids: NDArray[np.int32]
+    """The model's own choice: the argmax of its float32 logits, ties to the lowest id."""
+    logprobs: Floats
+    """log q of the completion's token."""
+    argmax_logprobs: Floats
+    """log q of the model's own choice."""
+    margins: Floats
+    """The model's logit of the completion's token minus its best other one: negative where it diverges."""
+    base_logprobs: Floats
+    """log p of the completion's token."""
+    base_argmax_logprobs: Floats
+    """log p of the model's choice."""
+    kl: NDArray[np.float64]
+    """KL(p ‖ q) in nats, exact over the vocabulary."""
+    acceptance: NDArray[np.float64]
+    """Σ min(p, q) over the vocabulary."""
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    head: Head,
+    completions: Completions,
+    base_head: Head,
+    states: States,
+    *,
+    name: str = "scores",
+    progress: Progress = silent,
+) -> TokenScores:
+    """Scores of a candidate; one pass of its layers, the base's head on the base's kept states.
+
+    Raises ModelError where the candidate's numbers are not finite, naming the module.
+    """
+    arrays = _empty(completions)
+    size = BatchSize(states.batch_size)
+    for batch, rows in hidden_batches(model, head, completions, size, name, progress):
+        # Tokens of a whole batch together, so that a chunk of the head is never a short prompt.
+        base_hidden = torch.cat([states.of(prompt, model.device) for prompt in batch])
+        _score_rows(arrays, completions, batch, head, torch.cat(rows), base_head, base_hidden)
+    return _checked(TokenScores(mask=completions.mask, **arrays), model)
+
+
+@torch.no_grad()
+def score_base(model: Model, head: Head, completions: Completions, states: States) -> TokenScores:
+    """The base on its own completions, from its kept states: the noise floor, and the base's margins."""
+    arrays = _empty(completions)
+    for prompt in range(len(completions.prompts)):
+        hidden = states.of(prompt, model.device)
+        _score_rows(arrays, completions, [prompt], head, hidden, head, hidden)
+    return _checked(TokenScores(mask=completions.mask, **arrays), model)
+
+
+@torch.no_grad()
+def logprobs_of(
+    ids: NDArray[np.int32], model: Model, head: Head, completions: Completions, states: States
+) -> Floats:
+    """The base's log-probability of any tokens [prompt, token] at the completions' positions."""
+    found = np.zeros(ids.shape, np.float32)
+    for prompt, length in enumerate(completions.lengths):
+        hidden = states.of(prompt, model.device)
+        wanted = torch.from_numpy(ids[prompt, :length].astype(np.int64)).to(model.device)
+        n = _chunk_tokens(head, hidden)
+        parts = [
+            head.logits(hidden[a : a + n]).log_softmax(-1).gather(-1, wanted[a : a + n, None])[:, 0]
+            for a in range(0, len(hidden), n)
+        ]
+        found[prompt, :length] = torch.cat(parts).cpu().numpy()
+    return found
+
+
+def _checked(scores: TokenScores, model: Model) -> TokenScores:
+    if not np.isfinite(scores.kl[scores.mask]).all():
+        raise ModelError(
+            f"{model.reference} gives NaN or infinite logits though its hidden states are finite; "
+            "check its output embedding, or run it in another --dtype"
+        )
+    return scores
+
+
+_DTYPES: dict[str, type[np.generic]] = {
+    field.name: np.float32 for field in dataclasses.fields(TokenScores) if field.name != "mask"
+} | {"argmax_ids": np.int32, "kl": np.float64, "acceptance": np.float64}
+
+
+def _empty(completions: Completions) -> dict[str, NDArray[np.generic]]:
+    return {name: np.zeros(completions.ids.shape, dtype) for name, dtype in _DTYPES.items()}
+
+
+def _score_rows(
+    arrays: dict[str, NDArray[np.generic]],
+    completions: Completions,
+    batch: list[int],
+    head: Head,
+    hidden: Tensor,
+    base_head: Head,
+    base_hidden: Tensor,
+) -> None:
+    lengths = completions.lengths[batch]
+    prompts = np.repeat(batch, lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    targets = torch.from_numpy(completions.ids[prompts, positions].astype(np.int64)).to(hidden.device)
+    start = 0
+    for chunk in score_chunks(head, hidden, base_head, base_hidden, targets):
+        rows = slice(start, start + len(chunk["kl"]))
+        for name, values in chunk.items():
+            arrays[name][prompts[rows], positions[rows]] = values.cpu().numpy()
+        start = rows.stop
+
+
+def score_chunks(
+    head: Head, hidden: Tensor, base_head: Head, base_hidden: Tensor, targets: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Scores of tokens [token] chunk by chunk, so that [token, vocab] is never held whole."""
+    n = _chunk_tokens(head, hidden)
+    same = head is base_head and hidden is base_hidden
+    for a in range(0, len(hidden), n):
+        logits = head.logits(hidden[a : a + n])
+        base_logits = logits if same else base_head.logits(base_hidden[a : a + n])
+        yield score_logits(logits, base_logits, targets[a : a + n])
+
+
+def _chunk_tokens(head: Head, hidden: Tensor) -> int:
+    vocabulary = head.logits(hidden[:1]).shape[1]
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def score_logits(logits: Tensor, base_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Scores [token] of float32 logits [token, vocab] against the base's; see TokenScores."""
+    top = logits.topk(2, dim=-1)
+    argmax = logits.argmax(-1, keepdim=True)  # the lowest id of equals, which topk does not promise
+    at = targets[:, None]
+    own = logits.gather(-1, at)
+    best_other = torch.where(top.indices[:, :1] == at, top.values[:, 1:], top.values[:, :1])
+    q, p = logits.log_softmax(-1), base_logits.log_softmax(-1)
+    return {
+        "argmax_ids": argmax[:, 0],
+        "logprobs": q.gather(-1, at)[:, 0],
+        "argmax_logprobs": q.gather(-1, argmax)[:, 0],
+        "margins": (own - best_other)[:, 0],
+        "base_logprobs": p.gather(-1, at)[:, 0],
+        "base_argmax_logprobs": p.gather(-1, argmax)[:, 0],
+        **_kl_and_acceptance(p, q),
+    }
+
+
+def _kl_and_acceptance(p: Tensor, q: Tensor) -> dict[str, Tensor]:
+    """KL(p ‖ q) and Σ min(p, q) from log-probabilities [token, vocab], summed in float64.
+
+    As in metrics.kl: terms p (e^d − 1 − d), none negative; the sum of p (−d) would cancel.
+    """
+    d = q - p
+    probability = p.exp()
+    candidate = q.exp()
+    near = torch.where(d.abs() < 1, torch.expm1(d.clamp(-1, 1)) - d, 0) * probability
+    far = torch.where(d.abs() < 1, 0, candidate - probability * (1 + d))
+    kl = near.add_(far).clamp_(min=0).sum(-1, dtype=torch.float64)
+    apart = (probability - candidate).abs_().sum(-1, dtype=torch.float64)
+    return {"kl": kl, "acceptance": (1 - 0.5 * apart).clamp(0, 1)}

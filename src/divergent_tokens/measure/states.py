@@ -1,0 +1,149 @@
+"""The base's final hidden states at every completion token, kept so that no candidate runs the base again."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from divergent_tokens.errors import ModelError
+from divergent_tokens.measure.batches import BatchSize, padded, run_batches
+from divergent_tokens.measure.completions import Completions
+from divergent_tokens.measure.head import Head
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.models import Model
+from divergent_tokens.store import content_key, read_entry, writing_entry
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states that predict the completions' tokens, prompt after prompt, without padding."""
+
+    array: NDArray[Any]
+    """[token, hidden]; bfloat16 is kept as the uint16 of the same bits."""
+    offsets: NDArray[np.int64]
+    """Where each prompt's tokens begin, and the end of the last. [prompt + 1]"""
+    dtype: torch.dtype
+    batch_size: int
+    """With how many sequences at once they were made: candidates run in the same shapes."""
+
+    def of(self, prompt: int, device: torch.device) -> Tensor:
+        """One prompt's hidden states [token, hidden]."""
+        rows = np.array(self.array[self.offsets[prompt] : self.offsets[prompt + 1]])
+        return _as_dtype(torch.from_numpy(rows), self.dtype).to(device)
+
+
+@torch.no_grad()
+def base_states(
+    model: Model,
+    head: Head,
+    completions: Completions,
+    *,
+    batch_size: BatchSize,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> States:
+    """One teacher-forced pass of the base over prompts and completions; from the cache if it is known."""
+    key = content_key(
+        kind="states/1",
+        model=model.fingerprint,
+        dtype=str(model.dtype),
+        device=str(model.device.type),
+        torch=torch.__version__,
+        prompts=completions.prompts.digest,
+        completions=content_key(ids=completions.ids.tolist(), lengths=completions.lengths.tolist()),
+    )
+    offsets = np.concatenate([[0], np.cumsum(completions.lengths)])
+    entry = read_entry(cache, key)
+    if entry is not None:
+        batch_size.value = int(entry.header["batch_size"])
+        return States(entry.arrays["hidden"], offsets, model.dtype, batch_size.value)
+    with writing_entry(cache, key) if cache else nullcontext() as writer:
+        array: NDArray[Any] | None = None
+        for batch, rows in hidden_batches(model, head, completions, batch_size, "base", progress):
+            for prompt, hidden in zip(batch, rows, strict=True):
+                bits = _as_bits(hidden)
+                if array is None:
+                    shape = (int(offsets[-1]), hidden.shape[1])
+                    array = (
+                        writer.array("hidden", shape, bits.dtype)
+                        if writer
+                        else np.empty(shape, bits.dtype)
+                    )
+                array[offsets[prompt] : offsets[prompt + 1]] = bits
+        if writer:
+            writer.header["batch_size"] = batch_size.value
+    assert array is not None  # there is a prompt, and a completion has a token
+    return States(array, offsets, model.dtype, batch_size.value)
+
+
+def hidden_batches(
+    model: Model,
+    head: Head,
+    completions: Completions,
+    batch_size: BatchSize,
+    stage: str,
+    progress: Progress,
+) -> Any:
+    """Batches of prompts with each one's hidden states [token, hidden] at the completion's positions."""
+    sequences = completions.sequences()
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    total = sum(map(len, sequences))
+    done = 0
+
+    def run(batch: Sequence[int]) -> list[Tensor]:
+        ids = padded([sequences[i] for i in batch], model.device)
+        hidden = head.hidden(ids)
+        rows = []
+        for row, i in enumerate(batch):
+            start = len(completions.prompts.prompts[i].ids) - 1  # position t − 1 predicts token t
+            rows.append(hidden[row, start : len(sequences[i]) - 1])
+        for row in rows:
+            if not torch.isfinite(row).all():
+                raise ModelError(not_finite(model, ids))
+        return rows
+
+    for batch, rows in run_batches(order, batch_size, run):
+        yield batch, rows
+        done += sum(len(sequences[i]) for i in batch)
+        progress(stage, done, total, "tokens")
+
+
+def not_finite(model: Model, ids: Tensor) -> str:
+    """What to say of a model whose outputs are not finite: which module was the first."""
+    found: list[str] = []
+    hooks = []
+    for name, module in model.network.named_modules():
+
+        def watch(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.is_floating_point() and not torch.isfinite(first).all():
+                found.append(name)
+
+        hooks.append(module.register_forward_hook(watch))
+    try:
+        model.network(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    where = f"first in {found[0]}" if found else "in its logits"
+    return (
+        f"{model.reference} computes NaN or infinite values, {where}; a model must give finite logits. "
+        "Check its weights, or run it in another --dtype (float16 overflows where bfloat16 does not)"
+    )
+
+
+def _as_bits(hidden: Tensor) -> NDArray[Any]:
+    hidden = hidden.cpu()
+    return np.asarray(
+        (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
+    )
+
+
+def _as_dtype(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.view(torch.bfloat16) if dtype == torch.bfloat16 else rows

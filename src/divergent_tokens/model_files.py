@@ -1,0 +1,249 @@
+"""The files of a checkpoint: found here or on the hub, and checked before anything is loaded."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from divergent_tokens.errors import ModelError
+from divergent_tokens.gguf_files import DEMO, MAGIC
+
+_SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_PICKLE_ENDINGS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tekken.json",
+    "vocab.*",
+    "*.tiktoken",
+    "*.model",
+    "tokenization*.py",
+)
+# All that a hub repository says about a model beside its weights.
+_DESCRIPTION_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_LFS = b"version https://git-lfs"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def find_model(reference: str) -> Path:
+    """The folder or GGUF file of a reference; a hub id's config and tokenizer are downloaded.
+
+    Raises ModelError when there is none, with close names if the parent folder has any.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf" or _first_bytes(path, len(MAGIC)) == MAGIC:
+            return path
+        raise ModelError(
+            f"{reference} is a file, but not a GGUF; expected the folder of a checkpoint, a .gguf "
+            f"file, a hub id or {DEMO}"
+        )
+    if reference.startswith("demo:"):
+        raise ModelError(f"{reference} is not known; the only demo model is {DEMO}")
+    looks_local = path.is_absolute() or reference.startswith((".", "~")) or "\\" in reference
+    if looks_local or path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(reference):
+        raise ModelError(
+            f"{reference} does not exist; expected the folder of a checkpoint, a .gguf file, a hub "
+            f"id or {DEMO}{_close_names(path)}"
+        )
+    return _from_hub(reference, _DESCRIPTION_PATTERNS, quiet=True)
+
+
+def read_config(folder: Path, reference: str) -> dict[str, Any]:
+    """The checkpoint's config.json; ModelError if it is missing or not a JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{reference} has no config.json{_what_it_is_instead(folder)}")
+    config = _read_json(file)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{reference} holds an adapter beside its weights (adapter_config.json), and a whole "
+            "model is expected; merge it first (peft: `merge_and_unload`)"
+        )
+    return config
+
+
+def find_tokenizer(folder: Path, reference: str) -> None:
+    """Nothing; ModelError if the folder has no file that could hold a vocabulary."""
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_PATTERNS):
+        raise ModelError(
+            f"{reference} has no tokenizer (no tokenizer.json, tokenizer.model, vocab.json, ...); "
+            "copy the tokenizer's files from the model that it was made from into the folder"
+        )
+
+
+def find_weights(
+    folder: Path, reference: str, config: Mapping[str, Any], *, allow_pickle: bool
+) -> tuple[Path, ...]:
+    """The weight files that transformers will read, in order, each present and whole.
+
+    A hub id's weights are downloaded. Raises ModelError for missing shards, truncated files, and
+    pickles unless `allow_pickle`.
+    """
+    if folder.resolve() != Path(reference).expanduser().resolve() and _is_hub_id(reference):
+        _download_weights(folder, reference, allow_pickle=allow_pickle)
+    entry = _weights_entry(folder, reference, config, allow_pickle=allow_pickle)
+    files = _shards(entry, reference) if entry.suffix == ".json" else (entry,)
+    for file in files:
+        _check_whole(file)
+    return files
+
+
+def _is_hub_id(reference: str) -> bool:
+    return not Path(reference).expanduser().exists() and not reference.startswith("demo:")
+
+
+def _weights_entry(
+    folder: Path, reference: str, config: Mapping[str, Any], *, allow_pickle: bool
+) -> Path:
+    """The weight file, or the index of several, in the order in which transformers looks."""
+    named = config.get("transformers_weights")
+    safe = [str(named)] if named else [_SAFE, _SAFE_INDEX]
+    pickled = [_PICKLE, _PICKLE_INDEX]
+    for name in [*safe, *pickled] if allow_pickle else safe:
+        if (folder / name).is_file():
+            return folder / name
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_ENDINGS)
+    if pickles and not allow_pickle:
+        raise ModelError(
+            f"{reference} has its weights only as pickle ({', '.join(pickles[:3])}), which can run "
+            "code when read; convert them to safetensors, or pass --allow-pickle (allow_pickle="
+            "True) if you trust their author"
+        )
+    others = pickles + sorted(file.name for file in folder.glob("*.safetensors"))
+    found = f"only {', '.join(others[:3])}" if others else "none"
+    expected = safe + (pickled if allow_pickle else [])
+    raise ModelError(
+        f"{reference} has a config but its weights are missing: expected "
+        f"{' or '.join(expected)}, found {found}; download the checkpoint again"
+    )
+
+
+def _shards(index: Path, reference: str) -> tuple[Path, ...]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index} has no weight_map, the table of tensors; download it again")
+    files = tuple(index.parent / name for name in sorted(set(names.values())))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            f"{reference} lacks {len(missing)} of the {len(files)} weight files that {index.name} "
+            f"names: {', '.join(missing[:3])}; download them again"
+        )
+    return files
+
+
+def _check_whole(file: Path) -> None:
+    """A safetensors file's header must cover the file to its last byte."""
+    size_bytes = file.stat().st_size
+    if _first_bytes(file, len(_LFS)) == _LFS:
+        raise ModelError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull`")
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} is truncated or corrupt ({error}; it has {size_bytes} bytes); expected a whole "
+            "safetensors file: download it again"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise ModelError(
+            f"{file} cannot be read as JSON ({error}); download it again or repair it"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _first_bytes(file: Path, n_bytes: int) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(n_bytes)
+
+
+def _what_it_is_instead(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f", but a GGUF file; name the file itself: {ggufs[0]}"
+    if (folder / "adapter_config.json").is_file():
+        return ": it is an adapter; merge it into its base first (peft: `merge_and_unload`)"
+    inner = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
+    if inner:
+        return f", but folders that have one; name one of them: {', '.join(inner[:3])}"
+    return "; expected the folder of a checkpoint as transformers writes it"
+
+
+def _close_names(path: Path) -> str:
+    parent = path.parent
+    names = [child.name for child in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names)
+    return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
+
+
+def _download_weights(folder: Path, reference: str, *, allow_pickle: bool) -> None:
+    """The weights of a hub id, into the folder that its config is in already."""
+    single, index = _SAFE, folder / _SAFE_INDEX
+    if allow_pickle and not index.is_file() and (folder / _PICKLE_INDEX).is_file():
+        index = folder / _PICKLE_INDEX
+    names = [single]
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    _from_hub(reference, names, quiet=False)
+    if allow_pickle and not index.is_file() and not (folder / single).is_file():
+        _from_hub(reference, [_PICKLE], quiet=False)
+
+
+def _from_hub(reference: str, patterns: list[str], *, quiet: bool) -> Path:
+    """The local snapshot of a hub repository, with at least the files of these patterns."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                reference, allow_patterns=patterns, tqdm_class=_silent_bar() if quiet else None
+            )
+        )
+    except hub_errors.GatedRepoError as error:
+        raise ModelError(
+            f"{reference} is gated on the hub; accept its terms on its page there, and log in with "
+            "`hf auth login`"
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise ModelError(
+            f"{reference} is neither a file or folder here nor a repository on the hub; check the "
+            f"name{_close_names(Path(reference))}"
+        ) from error
+    except (OSError, hub_errors.HfHubHTTPError) as error:
+        raise ModelError(
+            f"{reference} is not a file or folder here, and the hub could not be reached for it "
+            f"({_first_line(error)}); check the name and the connection, or give the path of a "
+            f"folder{_close_names(Path(reference))}"
+        ) from error
+
+
+def _silent_bar() -> type:
+    from tqdm import tqdm
+
+    class SilentBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # the hub's own addition
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return SilentBar
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,158 @@
+"""Results on disk: named arrays and a JSON header under a content key, and files that appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import DTypeLike, NDArray
+
+from divergent_tokens.errors import RecordError
+
+
+def default_cache() -> Path:
+    """The folder for what can be computed again: XDG's on Linux, the system's own elsewhere."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "divergent-tokens"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "divergent-tokens" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "divergent-tokens"
+
+
+def content_key(**fields: Any) -> str:
+    """A sha256 (hex) of everything that a result depends on; the order of the fields is free."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What lies under one key: a header, and arrays that are mapped from disk and read only."""
+
+    header: Mapping[str, Any]
+    arrays: Mapping[str, NDArray[Any]]
+
+
+def read_entry(cache: Path | None, key: str) -> Entry | None:
+    """The entry under the key, or nothing; a damaged entry counts as nothing and is made again."""
+    if cache is None:
+        return None
+    folder = cache / key
+    try:
+        header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        names = header.pop("arrays")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    except (OSError, ValueError, KeyError):
+        return None
+    return Entry(header, arrays)
+
+
+class EntryWriter:
+    """An entry in the making; its folder gets its final name when everything is in it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Write into `folder`, which is private to this writer."""
+        self.folder = folder
+        self.header: dict[str, Any] = {}
+        self._names: list[str] = []
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A writable array mapped on disk, its room taken at once.
+
+        A full disk is met here, as an OSError; writing into a hole of a mapped file would
+        kill the process with a bus error instead.
+        """
+        path = self.folder / f"{name}.npy"
+        array: NDArray[Any] = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        if hasattr(os, "posix_fallocate") and array.nbytes:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        self._names.append(name)
+        return array
+
+    def finish(self) -> None:
+        """Write the header, last."""
+        header = {**self.header, "arrays": self._names}
+        (self.folder / "header.json").write_text(json.dumps(header), encoding="utf-8")
+
+
+@contextmanager
+def writing_entry(cache: Path, key: str) -> Iterator[EntryWriter]:
+    """Write an entry that appears whole, or not at all when anything goes wrong on the way."""
+    with replacing_folder(cache / key) as folder:
+        writer = EntryWriter(folder)
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` that takes its name at the end; gone if the body fails."""
+    with clear_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}-", dir=target.parent))
+        try:
+            yield folder
+            if target.exists():  # damaged, or another process was quicker: ours is as good
+                shutil.rmtree(target)
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """A fresh file beside `target` that takes its name at the end; gone if the body fails."""
+    with clear_disk_errors(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        os.close(handle)
+        path = Path(name)
+        try:
+            yield path
+            path.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+            path.replace(target)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with replacing_file(target) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def check_writable(target: Path) -> None:
+    """Raise RecordError at once where `target` could not be written after an hour's work."""
+    if target.is_dir():
+        raise RecordError(f"{target} is a folder; name the file to write")
+    if not target.parent.is_dir():
+        raise RecordError(f"the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise RecordError(f"the folder {target.parent} cannot be written to; name another")
+
+
+@contextmanager
+def clear_disk_errors(target: Path) -> Iterator[None]:
+    """Turn what the system says about a disk into a message that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"could not write {target}: {error.strerror or error}; "
+            "nothing was left half written. Free some room or choose another place"
+        ) from error
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
