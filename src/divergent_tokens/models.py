@@ -1,11 +1,6 @@
-"""A language model as it runs: loaded from a folder, the hub, a GGUF file, or the demo's package."""
+"""A language model as it runs, loaded from a folder, the hub, a GGUF file or the demo's package."""
 
-import io
-import logging
-import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +9,9 @@ from typing import Any, Self
 import torch
 import transformers
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +19,14 @@ from transformers import (
 from divergent_tokens import gguf_files, model_files
 from divergent_tokens.errors import ModelError
 from divergent_tokens.fingerprints import checkpoint_fingerprint, file_digest, network_fingerprint
+from divergent_tokens.network_checks import (
+    refuse_not_finite,
+    refuse_other_kinds,
+    refuse_unfit_weights,
+    refuse_unknown,
+)
+from divergent_tokens.quiet import loading, one_line, quietly
+from divergent_tokens.vocabularies import first_difference
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,19 +60,16 @@ class Model:
         """
         if network.training:
             raise ModelError(
-                f"{reference} is in training mode, where dropout makes every pass another one; call "
-                "its .eval() first"
+                f"{reference} is in training mode, where dropout makes every pass another one; "
+                "expected eval mode: call its .eval() first"
             )
-        _refuse_other_kinds(network.config, reference)
-        _check_finite(network, reference)
-        return cls(
-            network,
-            tokenizer,
-            reference,
-            network_fingerprint(
-                network.state_dict(), network.config.to_dict(), _eos_ids(network, tokenizer)
-            ),
-        )
+        refuse_other_kinds(network.config, reference)
+        refuse_not_finite(network, reference)
+        # Only a saved config names its architecture; the class always does.
+        config = network.config.to_dict() | {"architectures": [type(network).__name__]}
+        eos_ids = _eos_ids(network, tokenizer)
+        fingerprint = network_fingerprint(network.state_dict(), config, eos_ids)
+        return cls(network, tokenizer, reference, fingerprint)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +77,7 @@ class Model:
         weight = getattr(self.network.get_input_embeddings(), "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             return weight.dtype
-        return self.network.dtype  # type: ignore[no-any-return]
+        return self.network.dtype
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +88,8 @@ class Model:
     @property
     def vocabulary_size(self) -> int:
         """The rows of the logits; padding rows, which no token of the tokenizer has, count."""
-        head = self.network.get_output_embeddings()
+        network: Any = self.network
+        head = network.get_output_embeddings()
         # A quantized head packs its weight, but still says how many rows come out.
         rows = getattr(head, "out_features", None)
         weight = getattr(head, "weight", None)
@@ -102,7 +99,7 @@ class Model:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion: the generation config's, else the config's or tokenizer's."""
+        """Ids that end a completion: the generation config's, else the config's or tokenizer's."""
         return _eos_ids(self.network, self.tokenizer)
 
     @property
@@ -155,62 +152,36 @@ def load_model(
         write=partial(_write_dense, path, reference),
         header=partial(gguf_files.check_gguf, path, reference),
     )
-    network = _load_network(folder, reference, dtype=precision, **_placement(where))
-    return _finished(network, _load_tokenizer(folder, reference), reference, fingerprint)
+    try:
+        network = _load_network(folder, reference, dtype=precision, **_placement(where))
+        tokenizer = _load_tokenizer(folder, reference)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; if its dense copy in {folder} is damaged, delete that folder"
+        ) from error
+    return Model(network, tokenizer, reference, fingerprint)
 
 
 def check_same_vocabulary(base: Model, candidate: Model) -> None:
-    """Nothing; ModelError if the two models' token ids do not mean the same.
+    """Nothing; ModelError, with the first difference, if token ids do not mean the same in both.
 
-    Compared are the tokenizers' vocabularies, how they encode two lines of mixed scripts (special
-    tokens included), and the number of rows of the logits.
+    Compared are the vocabularies, how they encode two lines of mixed scripts (special tokens
+    included), and the number of rows of the logits.
     """
     pair = f"candidate {candidate.reference} and base {base.reference}"
-    advice = "expected the base's own tokenizer: compare a model only with versions of itself"
-    ours, theirs = base.tokenizer.get_vocab(), candidate.tokenizer.get_vocab()
-    if ours != theirs:
-        raise ModelError(f"{pair} have different tokenizers: {_difference(ours, theirs)}; {advice}")
-    for text in _PROBES:
-        here, there = base.tokenizer(text)["input_ids"], candidate.tokenizer(text)["input_ids"]
-        if here != there:
-            raise ModelError(
-                f"{pair} have the same tokens but encode text differently: of {text!r} the base "
-                f"makes {_shown(base, here)}, the candidate {_shown(candidate, there)}; {advice}"
-            )
+    difference = first_difference(base.tokenizer, candidate.tokenizer)
+    if difference:
+        raise ModelError(
+            f"{pair} have different tokenizers: {difference}; expected the base's own tokenizer: "
+            "a model can be compared only with versions of itself"
+        )
     if base.vocabulary_size != candidate.vocabulary_size:
         raise ModelError(
-            f"{pair} have the same {len(base.tokenizer)} tokens but differently padded rows of "
-            f"logits: {base.vocabulary_size} in the base, {candidate.vocabulary_size} in the "
-            "candidate; resize one of them (transformers: `resize_token_embeddings`)"
+            f"{pair} have the same {len(base.tokenizer)} tokens, but their logits are padded to "
+            f"different numbers of rows: {base.vocabulary_size} in the base and "
+            f"{candidate.vocabulary_size} in the candidate; resize one of the two (transformers: "
+            "`resize_token_embeddings`)"
         )
-
-
-_PROBES = (
-    "Hello, world! Zwölf Boxkämpfer jagen Виктора 12345 быстро\n\tdef f(x): return x ** 2",
-    " 東京は日本の首都です。 مرحبا بالعالم 😀 e\u0301 <s></s>",
-)
-
-
-def _difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    """The first id whose token differs, in words."""
-    base_tokens = {number: token for token, number in ours.items()}
-    candidate_tokens = {number: token for token, number in theirs.items()}
-    for number in sorted(base_tokens.keys() | candidate_tokens.keys()):
-        here, there = base_tokens.get(number), candidate_tokens.get(number)
-        if here != there:
-            return (
-                f"id {number} is {_named(here)} in the base and {_named(there)} in the candidate "
-                f"({len(ours)} and {len(theirs)} tokens)"
-            )
-    return f"{len(ours)} and {len(theirs)} tokens"  # two tokens of one share an id
-
-
-def _named(token: str | None) -> str:
-    return "no token" if token is None else repr(token)
-
-
-def _shown(model: Model, ids: list[int]) -> str:
-    return f"{len(ids)} tokens beginning {model.tokenizer.convert_ids_to_tokens(ids[:3])}"
 
 
 def _load_folder(
@@ -223,11 +194,10 @@ def _load_folder(
     trust_remote_code: bool,
 ) -> Model:
     described = model_files.read_config(folder, reference)
-    _refuse_unknown(described, reference, trust_remote_code=trust_remote_code)
-    with _loading(reference, "config"):
+    refuse_unknown(described, reference, trust_remote_code=trust_remote_code)
+    with loading(reference, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if not trust_remote_code:
-        _refuse_other_kinds(config, reference)
+    refuse_other_kinds(config, reference, trust_remote_code=trust_remote_code)
     model_files.find_tokenizer(folder, reference)
     files = model_files.find_weights(folder, reference, described, allow_pickle=allow_pickle)
     tokenizer = _load_tokenizer(folder, reference, trust_remote_code=trust_remote_code)
@@ -239,97 +209,55 @@ def _load_folder(
         use_safetensors=None if allow_pickle else True,
         **_placement(device),
     )
-    eos_ids = _eos_ids(network, tokenizer)
-    fingerprint = checkpoint_fingerprint(files, described, eos_ids)
-    return _finished(network, tokenizer, reference, fingerprint)
+    if trust_remote_code:
+        files += tuple(sorted(folder.glob("*.py")))  # code of its own is part of what it computes
+    fingerprint = checkpoint_fingerprint(files, described, _eos_ids(network, tokenizer))
+    return Model(network, tokenizer, reference, fingerprint)
 
 
 def _write_dense(gguf: Path, reference: str, folder: Path) -> None:
     """Write a GGUF's network in float32 and its tokenizer into a folder, as transformers does."""
-    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _loading(reference, "GGUF's config"):
-        config = AutoConfig.from_pretrained(**place)
-    _refuse_other_kinds(config, reference)
-    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    # Read through a link in the new folder: beside the file itself, transformers would take
+    # another tokenizer's files for its own.
+    link = folder / "source.gguf"
+    try:
+        link.symlink_to(gguf.resolve())
+    except OSError:  # Windows lets only some users make links
+        shutil.copyfile(gguf, link)
+    options: dict[str, Any] = {"gguf_file": link.name}
+    with loading(reference, "config"):
+        config = AutoConfig.from_pretrained(folder, **options)
+    refuse_other_kinds(config, reference)
+    tokenizer = _load_tokenizer(folder, reference, **options)
     # Versions that know this class would keep the blocks packed where they have kernels for them.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = _load_tokenizer(gguf.parent, reference, gguf_file=gguf.name)
-    network = _load_network(gguf.parent, reference, **options)
-    with _quiet():
+    network = _load_network(folder, reference, dtype=torch.float32, **options)
+    link.unlink()
+    with quietly():
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _load_tokenizer(folder: Path, reference: str, **options: Any) -> PreTrainedTokenizerBase:
-    with _loading(reference, "tokenizer"):
+    with loading(reference, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     return tokenizer
 
 
 def _load_network(folder: Path, reference: str, **options: Any) -> PreTrainedModel:
-    """The network, with every parameter from the file and every tensor of the file used."""
-    with _loading(reference, "weights"):
-        network, report = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    # transformers re-initialises at random what is missing or of another shape, and only warns.
-    _refuse_keys(reference, "lacks parameters of its network", report["missing_keys"])
-    mismatched = [
-        f"{name} ({list(found)}, expected {list(expected)})"
-        for name, found, expected in report["mismatched_keys"]
-    ]
-    _refuse_keys(reference, "has parameters of the wrong shape", mismatched)
-    unexpected = [name for name in report["unexpected_keys"] if not _is_harmless(name)]
-    _refuse_keys(reference, "has tensors that its network does not use", unexpected)
-    return network  # type: ignore[no-any-return]
-
-
-# Buffers that older versions of transformers saved, and parts that a text model has no use for.
-_HARMLESS = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn\.(masked_)?bias"
-    r"|attention\.(masked_)?bias)$"
-    r"|(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector)\.|^mtp\."
-)
-
-
-def _is_harmless(name: str) -> bool:
-    return _HARMLESS.search(name) is not None
-
-
-def _refuse_keys(reference: str, problem: str, names: Collection[str]) -> None:
-    if names:
-        shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-        raise ModelError(
-            f"{reference} {problem} ({len(names)}): {shown}; expected weights that fit its "
-            "config.json exactly: download or export the checkpoint again"
-        )
-
-
-def _finished(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: str, fingerprint: str
-) -> Model:
-    """The Model, once its weights are known to be numbers."""
-    _check_finite(network, reference)
+    """The network, with all of its weights from the file and all of them finite."""
+    # Shapes that do not fit come in the report as well, by name, rather than as an exception.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any
+    with loading(reference, "weights"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    network, report = loaded
+    refuse_unfit_weights(report, reference)
+    refuse_not_finite(network, reference)
     network.eval()
     network.requires_grad_(False)
-    return Model(network, tokenizer, reference, fingerprint)
-
-
-def _check_finite(network: PreTrainedModel, reference: str) -> None:
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            n_bad = int((~torch.isfinite(tensor.float())).sum())
-            raise ModelError(
-                f"{reference}: {name} has {n_bad} NaN or infinite of {tensor.numel()} weights; "
-                "expected finite numbers: download or export the checkpoint again"
-            )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # 8-bit floats have no sum
-    # A sum is one pass without a copy; only where it overflows is every weight looked at.
-    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
+    return network  # type: ignore[no-any-return]
 
 
 def _eos_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -347,10 +275,10 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()  # meta has no numbers, others may not be there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ModelError(
-            f"device {str(device)!r} cannot be used ({_first_line(error)}); expected auto, cpu, or "
+            f"device {str(device)!r} cannot be used ({one_line(error)}); expected auto, cpu, or "
             "an accelerator that this torch has, such as cuda or cuda:0"
         ) from error
     return found
@@ -361,7 +289,7 @@ def _precision(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
+    if found is None or found not in _DTYPES.values():
         raise ModelError(f"dtype {dtype} is not known; expected auto, {', '.join(_DTYPES)}")
     return found
 
@@ -369,90 +297,3 @@ def _precision(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
 def _placement(device: torch.device) -> dict[str, Any]:
     """from_pretrained's argument that loads straight onto an accelerator."""
     return {} if device.type == "cpu" else {"device_map": {"": device}}
-
-
-def _refuse_unknown(config: Mapping[str, Any], reference: str, *, trust_remote_code: bool) -> None:
-    """Refuse a config.json that this transformers has no code for."""
-    kind = config.get("model_type")
-    if kind in CONFIG_MAPPING or (config.get("auto_map") and trust_remote_code):
-        return
-    if config.get("auto_map"):
-        raise ModelError(
-            f"{reference} needs Python code of its own (auto_map in its config.json), which would "
-            "run on this machine; read it, and pass --trust-remote-code (trust_remote_code=True) "
-            "if you trust it"
-        )
-    found = f"is of the architecture {kind!r}" if kind else "names no model_type in its config.json"
-    raise ModelError(
-        f"{reference} {found}, which transformers {transformers.__version__} does not know; "
-        "expected a decoder-only language model: a newer transformers may know it"
-    )
-
-
-def _refuse_other_kinds(config: PretrainedConfig, reference: str) -> None:
-    """Refuse a network that is no decoder-only language model, by its config."""
-    named = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
-    if getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder-decoder model"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
-        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    ):
-        kind = "an encoder-only model"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = "no language model that transformers can run as a decoder"
-    else:
-        return
-    raise ModelError(
-        f"{reference} ({config.model_type}: {named}) is {kind}; expected a decoder-only language "
-        "model, one that predicts the next token"
-    )
-
-
-@contextmanager
-def _loading(reference: str, part: str) -> Iterator[None]:
-    """Quiet inside; whatever transformers raises comes out as one ModelError."""
-    try:
-        with _quiet():
-            yield
-    except ImportError as error:
-        raise ModelError(
-            f"{reference}: its {part} cannot be loaded without another package: {_one_line(error)}"
-        ) from error
-    except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
-            error
-        ):
-            raise ModelError(
-                f"{reference}: out of memory while loading its {part} ({_first_line(error)}); load "
-                "it in bfloat16 (dtype), on another device, or take a smaller model"
-            ) from error
-        raise ModelError(
-            f"{reference}: transformers {transformers.__version__} cannot load its {part}: "
-            f"{type(error).__name__}: {_one_line(error)}"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log lines or progress bars inside; everything as it was afterwards."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "compressed_tensors")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        # Some progress bars of transformers have no switch; all of them go to stderr.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 400 else text[:400] + " ..."

@@ -1,13 +1,14 @@
-"""Results on disk: named arrays and a JSON header under a content key, and files that appear whole or not at all."""
+"""Results on disk: arrays under a content key, and files that appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def read_entry(cache: Path | None, key: str) -> Entry | None:
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         names = header.pop("arrays")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Entry(header, arrays)
 
@@ -98,12 +99,21 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its name at the end; gone if the body fails."""
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}-", dir=target.parent))
+        folder, old = _private_name(target), _private_name(target)
+        folder.mkdir()
         try:
             yield folder
-            if target.exists():  # damaged, or another process was quicker: ours is as good
-                shutil.rmtree(target)
-            folder.rename(target)
+            while True:
+                try:
+                    folder.rename(target)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                # Damaged, or another process was quicker: ours is as good.
+                with suppress(FileNotFoundError):  # a third process moved it away
+                    target.rename(old)
+                shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,15 +122,21 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 def replacing_file(target: Path) -> Iterator[Path]:
     """A fresh file beside `target` that takes its name at the end; gone if the body fails."""
     with clear_disk_errors(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        os.close(handle)
-        path = Path(name)
+        if target.exists() and not target.is_file():  # /dev/stdout, a pipe: nothing to replace
+            yield target
+            return
+        path = _private_name(target)
+        path.touch(exist_ok=False)
         try:
             yield path
-            path.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
             path.replace(target)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _private_name(target: Path) -> Path:
+    """A name beside the target that nobody else has; what is made there obeys the umask."""
+    return target.with_name(f".{target.name[:16]}-{secrets.token_hex(6)}")
 
 
 def write_text(target: Path, text: str) -> None:
@@ -149,10 +165,3 @@ def clear_disk_errors(target: Path) -> Iterator[None]:
             f"could not write {target}: {error.strerror or error}; "
             "nothing was left half written. Free some room or choose another place"
         ) from error
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,1 @@
+"""Changes a model, and never measures one."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +135,13 @@ class _Unreadable:
 
 def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
     prefix, layers = _decoder_layers(network)
-    routers = tuple(name for name, module in layers.named_modules(prefix) if _routes(name, module, network))
+    modules = dict(layers.named_modules(prefix=prefix))
+    routers = tuple(name for name in modules if _routes(name, modules))
     seen: set[tuple[int, int | None, tuple[int, int, int] | None]] = set()
-    for name, module in layers.named_modules(prefix):
-        if name in routers or name.startswith(tuple(router + "." for router in routers)):
+    for name, module in modules.items():
+        if name in routers or name.startswith(tuple(f"{router}." for router in routers)):
             continue
-        for weight in _weights_of(name, module, prefix):
+        for weight in _weights_of_module(name, module, prefix):
             if isinstance(weight, Component):
                 parameter = network.get_parameter(weight.parameter)
                 place = (id(parameter), weight.stack_index, weight.rows)
@@ -147,3 +149,145 @@ def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
                     continue
                 seen.add(place)
             yield weight
+
+
+def _decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the decoder's layers, with its name in the network.
+
+    It is the outermost list with the most weights: names differ (`layers`, `h`, `blocks`), and
+    some decoders keep small lists of other things beside it.
+    """
+    in_decoder = set(cast(Any, network).get_decoder().modules())
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in network.named_modules():
+        nested = name.startswith(tuple(f"{outer}." for outer in lists))
+        if isinstance(module, nn.ModuleList) and module in in_decoder and not nested:
+            lists[name] = module
+    if not lists:
+        raise ModelError(
+            f"{type(network).__name__} has no list of decoder layers; expected a decoder-only "
+            "language model"
+        )
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _routes(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module chooses experts: by its class, its name, or as the `gate` beside experts."""
+    parent, _, last = name.rpartition(".")
+    if "router" in type(modules[name]).__name__.lower() or last.startswith("router"):
+        return True
+    return last in {"gate", "gating", "shared_expert_gate"} and f"{parent}.experts" in modules
+
+
+def _weights_of_module(
+    name: str, module: nn.Module, prefix: str
+) -> Iterator[Component | _Unreadable]:
+    layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if name != prefix else -1
+    if isinstance(module, nn.Linear | Conv1D):
+        yield _matrix(name, module, layer)
+    elif is_expert_stack(module):
+        try:
+            for piece in expert_slices(module):
+                yield _expert(name, module, layer, piece)
+        except ModelError as error:
+            yield _Unreadable(name, str(error))
+
+
+def _matrix(name: str, module: nn.Linear | Conv1D, layer: int) -> Component | _Unreadable:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
+        held = "no weight of its own" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+        return _Unreadable(name, f"it holds {held}, expected a dense floating [out, in] weight")
+    transposed = isinstance(module, Conv1D)
+    first, second = weight.shape
+    expert = re.search(r"\.experts\.(\d+)\.", name)  # a mixture whose experts are not fused
+    return Component(
+        name=name,
+        kind="expert" if expert else _kind(name),
+        layer=layer,
+        shape=(second, first) if transposed else (first, second),
+        dtype=weight.dtype,
+        parameter=f"{name}.weight",
+        expert=int(expert[1]) if expert else None,
+        transposed=transposed,
+    )
+
+
+def _expert(name: str, module: nn.Module, layer: int, piece: ExpertSlice) -> Component:
+    full_name = f"{name}.{piece.index}.{piece.part}"
+    shared = "shared" in name.rpartition(".")[2]  # Inkling stacks those that every token passes
+    return Component(
+        name=full_name,
+        kind=_kind(full_name) if shared else "expert",
+        layer=layer,
+        shape=piece.shape,
+        dtype=module.get_parameter(piece.parameter).dtype,
+        parameter=f"{name}.{piece.parameter}",
+        expert=None if shared else piece.index,
+        stack_index=piece.index,
+        transposed=piece.transposed,
+        rows=piece.rows,
+    )
+
+
+_KINDS = {
+    "q": {"q_proj", "q_a_proj", "q_b_proj", "wq", "query"},
+    "k": {"k_proj", "wk", "key"},
+    "v": {"v_proj", "wv", "value"},
+    "o": {"o_proj", "wo"},
+    "gate": {"gate_proj", "w1"},
+    "up": {"up_proj", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h"},
+    "down": {"down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"},
+}
+_OUTPUT = {"out_proj", "c_proj", "dense"}
+"""Names of an attention's o; under another parent they mean something else."""
+_ATTENTION = {"attn", "attention", "self_attn", "self_attention"}
+
+
+def _kind(name: str) -> str:
+    *_, parent, last = name.split(".")
+    if last in _OUTPUT and parent in _ATTENTION:
+        return "o"
+    if last == "c_proj" and parent == "mlp":  # GPT-2
+        return "down"
+    return next((kind for kind, names in _KINDS.items() if last in names), "other")
+
+
+# --- patterns ---
+
+
+def _matched(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names that match any of the patterns, each of which must match one."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if _matches(pattern, name)}
+        if not hits:
+            raise ModelError(
+                f"{option} {pattern!r} matches no component; a pattern is a glob on the whole name "
+                f"or a regular expression after 're:'. Nearest: {_nearest(pattern, names)}"
+            )
+        matched |= hits
+    return matched
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.search(pattern.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise ModelError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _nearest(pattern: str, names: Sequence[str], count: int = 5) -> str:
+    """A few of the names, nearest to the pattern first, all layers and experts of a name as one."""
+    forms = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    wanted = pattern.removeprefix("re:").strip("*.^$")
+
+    def likeness(form: str) -> float:
+        # People write `qproj`; its likeness to a name of six parts is small for every name.
+        ends = (form, form.rpartition(".")[2])
+        return max(SequenceMatcher(None, wanted, end).ratio() for end in ends)
+
+    nearest = sorted(forms, key=likeness, reverse=True)
+    return ", ".join(nearest[:count]) + (", ..." if len(nearest) > count else "")

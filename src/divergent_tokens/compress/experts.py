@@ -5,7 +5,7 @@ taken from what transformers declares on the module, or from a table of classes 
 then checked against the shapes, and is otherwise said to be unknown.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ _READ = {
     "LongcatFlashExperts": _Layout(transposed=False, interleaved=False),
     # modeling_step3p7.py: linear(x, gate_up_proj[e]).chunk(2)
     "Step3p7Experts": _Layout(transposed=False, interleaved=False),
+    # modeling_inkling.py: gate_proj [E, I, H], up_proj and down_proj on their own
+    "InklingSharedExperts": _Layout(transposed=False, interleaved=False),
 }
 """Classes of transformers that hold fused experts and declare nothing, as their code reads."""
 
@@ -87,7 +89,7 @@ def expert_slices(module: nn.Module) -> Iterator[ExpertSlice]:
 _Part = tuple[str, str, tuple[int, int], tuple[int, int, int] | None]
 
 
-def _parts(module: nn.Module, weights: dict[str, Tensor], layout: _Layout) -> list[_Part]:
+def _parts(module: nn.Module, weights: Mapping[str, Tensor], layout: _Layout) -> list[_Part]:
     """Name, parameter, [out, in] and rows of the matrices that each expert has."""
     hidden, inner = _out_in(weights["down_proj"], layout)  # down: inner -> hidden
     down: _Part = ("down_proj", "down_proj", (hidden, inner), None)
@@ -134,7 +136,7 @@ def _out_in(stack: Tensor, layout: _Layout) -> tuple[int, int]:
 def _check_shape(
     module: nn.Module,
     name: str,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     layout: _Layout,
     expected: tuple[int, int],
 ) -> None:

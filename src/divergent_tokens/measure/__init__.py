@@ -1,0 +1,1 @@
+"""How far apart two models are; nothing here changes a model for good."""

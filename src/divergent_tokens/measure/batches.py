@@ -53,8 +53,11 @@ def run_batches(
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator of torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # The CPU allocator of torch, cuBLAS and MPS raise a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error)
+        for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+    )
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

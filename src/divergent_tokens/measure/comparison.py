@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from divergent_tokens.errors import DivergentTokensError
+from divergent_tokens.errors import DivergentTokensError, ModelError
 from divergent_tokens.measure import metrics
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
-from divergent_tokens.measure.completions import Completions, complete
+from divergent_tokens.measure.completions import Completions, check_positions, complete
 from divergent_tokens.measure.engine import EngineScores, read_scores
 from divergent_tokens.measure.examples import Example, write_examples
 from divergent_tokens.measure.head import Head, find_head
@@ -30,8 +32,6 @@ from divergent_tokens.measure.summaries import Metrics, summarize
 from divergent_tokens.models import Model, check_same_vocabulary
 
 SCHEMA = "divergent-tokens/comparison/1"
-ROUNDING_FACTOR = 3
-"""What lies under so many times the rounding floor cannot be told from rounding."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,12 @@ def compare(
     scores = scores or {}
     if not candidates and not scores:
         raise DivergentTokensError(
-            "there is no candidate to compare with the base; give a model, a scheme or a scores file"
+            "there is no candidate to compare with the base; give a model, a scheme or scores"
+        )
+    twice = candidates.keys() & scores.keys()
+    if twice:
+        raise DivergentTokensError(
+            f"two candidates are called {min(twice)!r}; name the scores otherwise"
         )
     completions = complete(
         base,
@@ -146,12 +151,16 @@ def compare(
         cache=cache,
         progress=progress,
     )
-    engines = {name: read_scores(path, completions) for name, path in scores.items()}
+    engines = {
+        name: read_scores(path, completions, vocabulary_size=base.vocabulary_size)
+        for name, path in scores.items()
+    }
     head = find_head(base.network)
     size = BatchSize(batch_size) if batch_size else first_batch_size(base.device)
     states = base_states(base, head, completions, batch_size=size, cache=cache, progress=progress)
     own = score_base(base, head, completions, states)
-    run = _Run(base, head, completions, states, own, text, n_examples, level, seed, progress)
+    first = _first_logits(base, head, states)
+    run = _Run(base, head, completions, states, own, first, text, n_examples, level, seed, progress)
     floor = run.summary(_divergence(own, completions), run.perplexity("base", base, head))
     with lent_rounding(base, seed=seed) as rounded:
         rounding = run.measure("rounding", rounded).metrics
@@ -159,6 +168,7 @@ def compare(
     for name, candidate in candidates.items():
         with candidate as model:
             check_same_vocabulary(base, model)
+            check_positions(model, prompts, completions.ids.shape[1])
             results.append(run.measure(name, model))
     results += [run.engine(name, engine) for name, engine in engines.items()]
     return Comparison(
@@ -189,6 +199,8 @@ class _Run:
     states: States
     own: TokenScores
     """The base's scores of its own completions."""
+    first_logits: Tensor
+    """The base's, for the first completion's first token; see `measure`. [vocab]"""
     text: str | None
     n_examples: int
     level: float
@@ -196,7 +208,15 @@ class _Run:
     progress: Progress
 
     def measure(self, name: str, model: Model) -> CandidateResult:
-        head = self.head if model.network is self.base.network else find_head(model.network)
+        shared = model.network is self.base.network
+        head = self.head if shared else find_head(model.network)
+        if shared and not torch.equal(
+            _first_logits(self.base, head, self.states), self.first_logits
+        ):
+            raise ModelError(
+                f"{name} changes the head of the base's own network, which makes the base's logits "
+                "too; load the candidate as a network of its own"
+            )
         scores = score(
             model, head, self.completions, self.head, self.states, name=name, progress=self.progress
         )
@@ -283,6 +303,12 @@ class _Run:
         return found.to_json(level=self.level, seed=self.seed)
 
 
+@torch.no_grad()
+def _first_logits(base: Model, head: Head, states: States) -> Tensor:
+    """Logits of the first completion's first token by the base's head as it is now. [vocab]"""
+    return head.logits(states.of(0, base.device)[:1])[0]
+
+
 def _divergence(scores: TokenScores, completions: Completions) -> Divergence:
     return divergence(
         scores.argmax_ids,
@@ -293,14 +319,6 @@ def _divergence(scores: TokenScores, completions: Completions) -> Divergence:
         kl=scores.kl,
         acceptance=scores.acceptance,
     )
-
-
-def indistinguishable(candidate: Metrics, rounding: Metrics) -> bool:
-    """Whether a candidate lies under three times the rounding floor, by KL, or by SDT without one."""
-    own, floor = candidate.kl or candidate.sdt, rounding.kl if candidate.kl else rounding.sdt
-    if floor is None or own.value is None or floor.value is None:
-        return False
-    return own.value <= ROUNDING_FACTOR * floor.value
 
 
 def versions() -> dict[str, str]:

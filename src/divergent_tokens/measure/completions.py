@@ -41,7 +41,9 @@ class Completions:
         """Prompt and completion of each prompt in one list."""
         return [
             [*prompt.ids, *row[:length].tolist()]
-            for prompt, row, length in zip(self.prompts.prompts, self.ids, self.lengths, strict=True)
+            for prompt, row, length in zip(
+                self.prompts.prompts, self.ids, self.lengths, strict=True
+            )
         ]
 
     def subset(self, rows: Sequence[int]) -> "Completions":
@@ -104,8 +106,8 @@ def check_positions(model: Model, prompts: PromptSet, new_tokens: int) -> None:
     limit = model.max_positions
     if limit is not None and longest + new_tokens > limit:
         raise PromptError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones need {longest + new_tokens} positions; "
-            f"{model.reference} has {limit}. Use a smaller --prefix or --new-tokens"
+            f"a prompt of {longest} tokens and {new_tokens} new ones need {longest + new_tokens} "
+            f"positions; {model.reference} has {limit}. Use a smaller --prefix or --new-tokens"
         )
 
 
@@ -123,19 +125,18 @@ def _generate_all(
     total = len(prompts) * new_tokens
     done = 0
 
+    def run(batch: Sequence[int]) -> list[list[int]]:
+        steps = 0
+
+        def on_step() -> None:
+            nonlocal steps
+            steps += 1
+            progress("completions", done + steps * len(batch), total, "tokens")
+
+        ids = torch.tensor([prompts.prompts[i].ids for i in batch], device=model.device)
+        return generate(model.network, ids, new_tokens=new_tokens, eos_ids=ends, on_step=on_step)
+
     for group in _by_length(prompts):
-
-        def run(batch: Sequence[int]) -> list[list[int]]:
-            steps = 0
-
-            def on_step() -> None:
-                nonlocal steps
-                steps += 1
-                progress("completions", done + steps * len(batch), total, "tokens")
-
-            ids = torch.tensor([prompts.prompts[i].ids for i in batch], device=model.device)
-            return generate(model.network, ids, new_tokens=new_tokens, eos_ids=ends, on_step=on_step)
-
         for batch, written in run_batches(group, size, run):
             for i, row in zip(batch, written, strict=True):
                 rows[i] = row

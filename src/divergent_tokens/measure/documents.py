@@ -26,7 +26,7 @@ class Document:
 
 
 def read_documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
-    """The documents of `builtin`, a .txt, .jsonl or .parquet file, or `hf:DATASET[:CONFIG[:SPLIT]]`.
+    """Documents of `builtin`, a .txt, .jsonl or .parquet file, or `hf:DATASET[:CONFIG[:SPLIT]]`.
 
     In a .txt file each non-empty line is one; rows elsewhere have `text_field`, and may have
     `domain`, `language` and `messages`. Read one at a time, as far as they are asked for.
@@ -38,14 +38,14 @@ def read_documents(source: str, *, text_field: str = "text") -> Iterator[Documen
         return _not_empty(_dataset(source.removeprefix("hf:"), text_field), source)
     path = Path(source)
     readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise PromptError(
             f"{source!r} is no source of prompts; expected builtin, self, hf:DATASET, "
             f"or a file that ends in {', '.join(readers)}"
         )
     if not path.is_file():
         raise PromptError(f"the prompt file {source} does not exist; check the path")
-    return _not_empty(readers[path.suffix](path, text_field), source)
+    return _not_empty(readers[path.suffix.lower()](path, text_field), source)
 
 
 def _builtin() -> Iterator[Document]:
@@ -83,9 +83,13 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise PromptError(f"{where} is not JSON ({error}); each line must be one object") from error
+            raise PromptError(
+                f"{where} is not JSON ({error}); each line must be one object"
+            ) from error
         if not isinstance(row, dict):
-            raise PromptError(f"{where} holds {type(row).__name__}, not an object with a {text_field!r} field")
+            raise PromptError(
+                f"{where} holds {type(row).__name__}, not an object with a {text_field!r} field"
+            )
         yield _row(row, text_field, where)
 
 
@@ -98,14 +102,18 @@ def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path} is not UTF-8 (byte {error.object[error.start]:#x} in its {error.reason}); "
             "convert it, for example with iconv"
         ) from error
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[Document]:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise PromptError(f"reading {path} needs pyarrow: pip install 'divergent-tokens[data]'") from error
+        raise PromptError(
+            f"reading {path} needs pyarrow: pip install 'divergent-tokens[data]'"
+        ) from error
     try:
         file = ParquetFile(path)
         names = file.schema_arrow.names
@@ -114,7 +122,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[Document]:
         for batch in file.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():
                 yield _row(row, text_field, str(path))
-    except ArrowInvalid as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} is not a parquet file that can be read: {error}") from error
 
 
@@ -122,36 +130,62 @@ def _dataset(name: str, text_field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise PromptError(f"hf:{name} needs datasets: pip install 'divergent-tokens[data]'") from error
-    path, config, split = (*name.split(":"), None, None)[:3]
+        raise PromptError(
+            f"hf:{name} needs datasets: pip install 'divergent-tokens[data]'"
+        ) from error
+    path, config, split = (*(part or None for part in name.split(":", 2)), None, None)[:3]
     try:
         if split is None:
             found = datasets.get_dataset_split_names(path, config)
             split = next((s for s in HF_SPLITS if s in found), found[0])
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        for row in datasets.load_dataset(path, config, split=split, streaming=True):
+            yield _row(row, text_field, f"hf:{name}")
+    except PromptError:
+        raise
     except Exception as error:  # the library raises its own, the hub's and the network's
         raise PromptError(
             f"the dataset hf:{name} cannot be read: {error}. "
             "Expected hf:DATASET[:CONFIG[:SPLIT]] with a name on the hub or a local folder"
         ) from error
-    for row in rows:
-        yield _row(row, text_field, f"hf:{name}")
 
 
 def _row(row: Mapping[str, Any], text_field: str, where: str) -> Document:
-    messages = tuple(row.get("messages") or ())
-    if not messages:
-        _check_field(row, text_field, where)
-    text = row.get(text_field) or ""
-    if not isinstance(text, str):
-        raise PromptError(f"{text_field!r} in {where} is {type(text).__name__}, not a string")
-    return Document(text, row.get("domain"), row.get("language"), messages)
+    _check_field(row, text_field, where)
+    text, domain, language = (
+        _string(row, name, where) for name in (text_field, "domain", "language")
+    )
+    return Document(text or "", domain or None, language or None, _messages(row, where))
+
+
+def _string(row: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise PromptError(f"{name!r} in {where} holds a lone surrogate, which is no text")
+        return value
+    if isinstance(value, int) and name in ("domain", "language"):  # a class label
+        return str(value)
+    raise PromptError(f"{name!r} in {where} is {type(value).__name__}, not a string")
+
+
+def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+    turns = row.get("messages")
+    if turns is None:
+        return ()
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns
+    ):
+        raise PromptError(f"'messages' in {where} is no list of objects with 'role' and 'content'")
+    return tuple(turns)
 
 
 def _check_field(row: Mapping[str, Any], text_field: str, where: str) -> None:
     if text_field not in row and "messages" not in row:
         raise PromptError(
-            f"{where} has no field {text_field!r}, only {', '.join(map(str, row))}; name it with --text-field"
+            f"{where} has no field {text_field!r}, only {', '.join(map(str, row))}; "
+            "name the one that holds the text with --text-field"
         )
 
 

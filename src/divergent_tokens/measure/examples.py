@@ -42,7 +42,8 @@ def write_examples(
     """The `n` earliest divergences; the candidate writes on from its own first different token."""
     parted = [i for i in np.argsort(divergence.fdt, kind="stable") if not divergence.censored[i]]
     return tuple(
-        _example(int(i), divergence, argmax_ids, margins, completions, base, candidate) for i in parted[:n]
+        _example(int(i), divergence, argmax_ids, margins, completions, base, candidate)
+        for i in parted[:n]
     )
 
 
@@ -80,7 +81,7 @@ def _example(
 
 
 def _after(model: Model, shared: list[int], whole: list[int]) -> str:
-    """What `whole` adds to `shared`, as text; decoded together, since a token may be half a character."""
+    """What `whole` adds to `shared`, as text; a token may be half a character."""
     before, text = _text(model, shared), _text(model, whole)
     return text[len(before) :] if text.startswith(before) else _text(model, whole[len(shared) :])
 

@@ -1,4 +1,4 @@
-"""Text written by a model: greedy, or drawn at temperature 1; nothing of its generation config is used."""
+"""Text written by a model, greedy or drawn; nothing of its generation config is used."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     sample: bool = False,
     seed: int = 0,
+    static_cache: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt [prompt, token] (one length, no padding).
@@ -27,13 +28,14 @@ def generate(
     its first end-of-sequence token, which is kept, or after `new_tokens`. Drawn text depends
     on the seed, the batch and the device.
     """
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=new_tokens,
         do_sample=sample,
         num_beams=1,
         eos_token_id=list(eos_ids) or None,
         pad_token_id=eos_ids[0] if eos_ids else 0,
         **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+        **({"cache_implementation": "static"} if static_cache else {}),
     )
     devices = [prompt_ids.device] if prompt_ids.is_cuda else []
     with _bare_generation_config(network), torch.random.fork_rng(devices, enabled=sample):
@@ -79,7 +81,7 @@ def _bare_generation_config(network: PreTrainedModel) -> Iterator[None]:
     A repetition penalty or suppressed tokens there would make the base diverge from its own argmax.
     """
     own = network.generation_config
-    network.generation_config = GenerationConfig()
+    network.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The seam between a model's layers and its head: final hidden states in, logits out, chunk by chunk."""
+"""The seam between a model's layers and its head: hidden states in, logits out, chunk by chunk."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from divergent_tokens.errors import ModelError
 
@@ -49,7 +49,9 @@ class Head:
             return done.hidden
         finally:
             hook.remove()
-        raise ModelError(f"{type(self.network).__name__} did not run the layers it ran when it was loaded")
+        raise ModelError(
+            f"{type(self.network).__name__} did not run the layers it ran when it was loaded"
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The network's logits [token, vocab] in float32 for hidden states [token, hidden]."""
@@ -86,22 +88,25 @@ def find_head(network: PreTrainedModel) -> Head:
             calls.append((module, output))
 
     hooks = [module.register_forward_hook(watch) for module in network.modules()]
-    ids = torch.arange(4, device=network.get_input_embeddings().weight.device)[None]
+    embedding: Any = network.get_input_embeddings()
+    ids = torch.arange(4, device=embedding.weight.device)[None]  # [prompt, token]
     try:
-        whole = network(input_ids=ids, use_cache=False).logits
+        whole = getattr(network(input_ids=ids, use_cache=False), "logits", None)
     finally:
         for hook in hooks:
             hook.remove()
-    if not calls:
+    if whole is None or not calls:
         raise ModelError(
-            f"{type(network).__name__} has no part that returns final hidden states; "
+            f"{type(network).__name__} does not make logits from final hidden states; "
             "expected a decoder-only model in the way of transformers' *ForCausalLM classes"
         )
     body, output = calls[-1]  # the last to return is the outermost
     head = Head(network, body, type(output))
-    if not torch.equal(head.logits(head.hidden(ids)[0]), whole[0].float()):
+    again = head.logits(head.hidden(ids)[0])
+    # NaN equals NaN here: what is not finite is found, and named, when the model is scored.
+    if not torch.allclose(again, whole[0].float(), rtol=0, atol=0, equal_nan=True):
         raise ModelError(
-            f"the logits of {type(network).__name__} do not follow from its final hidden states alone; "
-            "such a model cannot be scored here"
+            f"the logits of {type(network).__name__} do not follow from its final hidden states "
+            "alone; such a model cannot be scored here"
         )
     return head

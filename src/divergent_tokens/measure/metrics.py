@@ -6,8 +6,10 @@ docs/metrics.md; FDT, SDT and DPPL are from Deiseroth et al., NAACL 2024 (arXiv 
 section 3, there called Divergent Token Metrics.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,10 +24,12 @@ REPEATED_NGRAM = 8
 """A token counts as repeated when it lies in an n-gram of this length seen before or again."""
 
 
-def divergent(argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None) -> Booleans:
+def divergent(
+    argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None
+) -> Booleans:
     """Where the candidate's argmax differs from the base's token, [prompt, token]."""
     argmax_ids, completion_ids = np.asarray(argmax_ids), np.asarray(completion_ids)
-    if argmax_ids.shape != completion_ids.shape:
+    if argmax_ids.shape != completion_ids.shape or argmax_ids.ndim != 2:
         raise ValueError(
             f"argmax_ids has shape {argmax_ids.shape} and completion_ids {completion_ids.shape}; "
             "both must be [prompt, token], padded alike"
@@ -33,7 +37,9 @@ def divergent(argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike 
     return np.asarray((argmax_ids != completion_ids) & _mask(mask, completion_ids))
 
 
-def fdt(argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None) -> Integers:
+def fdt(
+    argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None
+) -> Integers:
     """First divergent token: how many leading tokens agree, [prompt]; the length if all do.
 
     >>> fdt([[5, 7, 9], [5, 7, 7]], [[5, 7, 9], [5, 6, 7]]).tolist()
@@ -41,10 +47,14 @@ def fdt(argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None
     """
     apart = divergent(argmax_ids, completion_ids, mask)
     lengths = _mask(mask, np.asarray(completion_ids)).sum(1)
-    return np.where(apart.any(1), apart.argmax(1), lengths) if apart.shape[1] else lengths
+    if not apart.shape[1]:
+        return np.zeros(len(apart), dtype=np.int64)
+    return np.asarray(np.where(apart.any(1), apart.argmax(1), lengths))
 
 
-def sdt(argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None) -> float | None:
+def sdt(
+    argmax_ids: ArrayLike, completion_ids: ArrayLike, mask: ArrayLike | None = None
+) -> float | None:
     """Share of divergent tokens, over all tokens of all prompts; None if there are none."""
     apart = divergent(argmax_ids, completion_ids, mask)
     return _share(apart.sum(), _mask(mask, np.asarray(completion_ids)).sum())
@@ -72,14 +82,16 @@ def kl(base_logits: ArrayLike, candidate_logits: ArrayLike) -> Floats:
     """KL(base ‖ candidate) in nats, [...] from logits [..., vocab]; never negative.
 
     Σ p (e^d − 1 − d) with d = log q − log p equals Σ p (log p − log q), since both sum to one,
-    but adds up terms that are all ≥ 0: nothing cancels when the two are close.
+    but adds up terms that are all ≥ 0: nothing cancels when the two are close. Infinite where q
+    rules out (a logit of −inf) what p does not.
     """
     base, candidate = log_softmax(base_logits), log_softmax(candidate_logits)
-    d = candidate - base
-    near = np.abs(d) < 1
-    with np.errstate(over="ignore"):
-        close_by = np.exp(base) * (np.expm1(np.where(near, d, 0)) - d)
-    far_off = np.exp(candidate) - np.exp(base) * (1 + d)  # p e^d could overflow; q is the same
+    p, q = np.exp(base), np.exp(candidate)
+    with np.errstate(invalid="ignore"):  # logits of −inf: 0 · ∞ is 0 here, and ∞ − ∞ too
+        d = np.where(base == candidate, 0, candidate - base)
+        near = np.abs(d) < 1
+        close_by = p * (np.expm1(np.where(near, d, 0)) - np.where(near, d, 0))
+        far_off = q - np.where(p == 0, 0, p * (1 + d))  # p e^d could overflow; q is the same
     return np.asarray(np.where(near, close_by, far_off).clip(0).sum(-1))
 
 
@@ -89,7 +101,7 @@ def acceptance(base_logits: ArrayLike, candidate_logits: ArrayLike) -> Floats:
     Leviathan et al. 2023 (arXiv 2211.17192), corollary 3.6.
     """
     p, q = np.exp(log_softmax(base_logits)), np.exp(log_softmax(candidate_logits))
-    return np.asarray(1 - 0.5 * np.abs(p - q).sum(-1))
+    return np.asarray((1 - 0.5 * np.abs(p - q).sum(-1)).clip(0, 1))
 
 
 def margin(base_logits: ArrayLike, completion_ids: ArrayLike) -> Floats:
@@ -104,7 +116,9 @@ def margin(base_logits: ArrayLike, completion_ids: ArrayLike) -> Floats:
     return np.asarray(own - logits.max(-1))
 
 
-def repeated(completion_ids: ArrayLike, mask: ArrayLike | None = None, n: int = REPEATED_NGRAM) -> Booleans:
+def repeated(
+    completion_ids: ArrayLike, mask: ArrayLike | None = None, n: int = REPEATED_NGRAM
+) -> Booleans:
     """Tokens inside an n-gram that occurs more than once in their completion, [prompt, token]."""
     ids = np.asarray(completion_ids)
     there = _mask(mask, ids)
@@ -125,7 +139,7 @@ def sdt_by_quarter(apart: Booleans, mask: ArrayLike | None = None) -> list[float
     edges = np.linspace(0, apart.shape[1], 5).round().astype(int)
     return [
         _share((apart & there)[:, a:b].sum(), there[:, a:b].sum())
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
     ]
 
 
@@ -165,9 +179,10 @@ class Divergence:
     def subset(self, prompts: Sequence[int]) -> "Divergence":
         """The same for some of the prompts."""
         rows = list(prompts)
-        return Divergence(
-            **{name: None if values is None else values[rows] for name, values in vars(self).items()}
-        )
+        part: dict[str, Any] = {
+            name: None if values is None else values[rows] for name, values in vars(self).items()
+        }
+        return Divergence(**part)
 
 
 def divergence(
@@ -180,14 +195,14 @@ def divergence(
     kl: ArrayLike | None = None,
     acceptance: ArrayLike | None = None,
 ) -> Divergence:
-    """Every prompt's sums and counts from per-token arrays [prompt, token]; what is absent stays None."""
+    """Every prompt's sums and counts from arrays [prompt, token]; what is absent stays None."""
     ids = np.asarray(completion_ids)
     there = _mask(mask, ids)
     apart = divergent(argmax_ids, ids, there)
     first = fdt(argmax_ids, ids, there)
     return Divergence(
         fdt=first,
-        censored=~apart.any(1),
+        censored=np.asarray(~apart.any(1)),
         n_divergent=apart.sum(1),
         n_tokens=there.sum(1),
         apart=apart,

@@ -1,4 +1,4 @@
-"""Two candidates on the same prompts: which of them stays with the base for longer, and is that luck?"""
+"""Two candidates on the same prompts: which stays with the base for longer, and is that luck?"""
 
 import itertools
 from collections.abc import Mapping
@@ -7,7 +7,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from divergent_tokens.measure.intervals import Estimate, estimate_difference, holm, sign_flip_p_value
+from divergent_tokens.measure.intervals import (
+    Estimate,
+    estimate_difference,
+    holm,
+    sign_flip_p_value,
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,15 @@ def compare_pairs(
     same prompts stand on both sides.
     """
     pairs = list(itertools.combinations(fdt, 2))
-    p_values = [sign_flip_p_value(fdt[a], fdt[b], seed=seed) for a, b in pairs]
+    found = [sign_flip_p_value(fdt[a], fdt[b], seed=seed) for a, b in pairs]
+    p_values = [p_value for p_value in found if p_value is not None]  # None without prompts only
     return tuple(
         Pair(
             a=a,
             b=b,
-            fdt_difference=estimate_difference(fdt[a], fdt[b], ceiling=lengths, level=level, seed=seed),
+            fdt_difference=estimate_difference(
+                fdt[a], fdt[b], ceiling=lengths, level=level, seed=seed
+            ),
             p_value=p_value,
             p_holm=p_holm,
         )

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divergent_tokens.errors import PromptError
+from divergent_tokens.errors import ModelError, PromptError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size, run_batches
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.intervals import estimate_ratio
@@ -32,7 +32,10 @@ class Perplexity:
 
     def to_json(self, *, level: float, seed: int) -> dict[str, Any]:
         """Both perplexities as ESTIMATEs; here the window is the unit that is resampled."""
-        ways = {"conventional": self.nats, "context_aware": self.nats[:, max(self.context - 1, 0) :]}
+        ways = {
+            "conventional": self.nats,
+            "context_aware": self.nats[:, max(self.context - 1, 0) :],
+        }
         return {
             way: estimate_ratio(
                 nats.sum(1),
@@ -51,8 +54,8 @@ def read_text(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise PromptError(f"the text file {path} does not exist; check the path") from error
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise PromptError(f"{path} is not a UTF-8 text file: {error}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise PromptError(f"{path} is not a UTF-8 text file that can be read: {error}") from error
     if not text.strip():
         raise PromptError(f"the text file {path} is empty; perplexity needs a text")
     return text
@@ -80,7 +83,9 @@ def perplexity(
     ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     n_windows = len(ids) // window
     if n_windows == 0:
-        raise PromptError(f"the text has {len(ids)} tokens; perplexity needs one window of {window} at least")
+        raise PromptError(
+            f"the text has {len(ids)} tokens; perplexity needs one window of {window} at least"
+        )
     context = min(context, window // 2)
     windows = torch.tensor(ids[: n_windows * window]).view(n_windows, window)
     size = BatchSize(batch_size) if batch_size else first_batch_size(model.device)
@@ -91,7 +96,7 @@ def perplexity(
         nats[list(batch)] = values.cpu().numpy()
         progress(name, batch[-1] + 1, n_windows, "windows")
     if not np.isfinite(nats).all():
-        raise PromptError(f"{model.reference} gives NaN or infinite log-probabilities on the text")
+        raise ModelError(f"{model.reference} gives NaN or infinite log-probabilities on the text")
     return Perplexity(nats, context)
 
 

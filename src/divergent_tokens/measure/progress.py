@@ -7,7 +7,7 @@ class Progress(Protocol):
     """Called as work goes on; the command line draws a bar, a notebook may do as it likes."""
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        """Say that `done` of `total` units of a stage are finished; the last call has both equal."""
+        """Say that `done` of `total` units of a stage are finished; at its end both are equal."""
 
 
 def silent(stage: str, done: int, total: int, unit: str) -> None:

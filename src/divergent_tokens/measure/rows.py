@@ -1,6 +1,7 @@
-"""One row a prompt: how a candidate did there, and what happened where it first parted from the base."""
+"""One row a prompt: how a candidate did there, and what happened where it left the base."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """What rows are made of, [prompt, token] each; log-probabilities are None where they are not known."""
+    """What rows are made of, [prompt, token] each; log-probabilities are None where not known."""
 
     argmax_ids: NDArray[np.int32]
     margins: NDArray[np.float32]
@@ -52,6 +53,17 @@ class TokenArrays:
     logprobs: NDArray[np.float32] | None
     base_argmax_logprobs: NDArray[np.float32]
     argmax_logprobs: NDArray[np.float32] | None
+
+
+_OF_THE_PARTING = (
+    "margin",
+    "base_token",
+    "candidate_token",
+    "base_token_p",
+    "base_token_q",
+    "candidate_token_p",
+    "candidate_token_q",
+)
 
 
 def rows_of(
@@ -85,11 +97,9 @@ def _parting(
     completions: Completions,
     tokenizer: PreTrainedTokenizerBase,
     i: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     if divergence.censored[i]:
-        names = ("margin", "base_token", "candidate_token")
-        names += ("base_token_p", "base_token_q", "candidate_token_p", "candidate_token_q")
-        return dict.fromkeys(names)
+        return dict.fromkeys(_OF_THE_PARTING)
     t = int(divergence.fdt[i])
     return {
         "margin": float(arrays.margins[i, t]),
@@ -107,4 +117,6 @@ def _at(sums: NDArray[np.floating] | None, i: int) -> float | None:
 
 
 def _probability(logprobs: NDArray[np.float32] | None, i: int, t: int) -> float | None:
-    return None if logprobs is None else float(np.exp(np.float64(logprobs[i, t])))
+    if logprobs is None or np.isnan(logprobs[i, t]):
+        return None
+    return float(np.exp(np.float64(logprobs[i, t])))

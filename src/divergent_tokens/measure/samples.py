@@ -2,50 +2,45 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from divergent_tokens.errors import PromptError
+from divergent_tokens.measure.documents import Document
 from divergent_tokens.measure.generation import generate
 from divergent_tokens.models import Model
 
-BATCH = 16
-"""Documents drawn at once; fixed, since what is drawn depends on it."""
-MAX_TURN_TOKENS = 256
-"""A user's turn that is longer than this is cut here."""
+BATCH = {"cpu": 16, "cuda": 128}
+"""Documents drawn at once, by kind of device; fixed, since what is drawn depends on both."""
 _MARK = "\u2063mark\u2063"
 
 
-def sample_ids(model: Model, *, n_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Endless token ids drawn from the model at temperature 1, up to `n_tokens` with the opening's.
+def sample_documents(model: Model, *, n_tokens: int, n_draws: int, seed: int) -> Iterator[Document]:
+    """Documents drawn from the model at temperature 1, of `n_tokens` at most; no empty ones.
 
-    A model with a chat template writes the user's turn after its template's own opening (as in
+    A model with a chat template writes a user's turn after its template's own opening (as in
     Magpie, Xu et al. 2024, arXiv 2406.08464); another one starts from its first special token.
-    A draw that ends early is shorter, and has no end-of-sequence token.
+    The document is the text without either. Raises PromptError where nothing can start it.
     """
     opening = chat_opening(model) or _start(model)
-    ends = set(model.eos_ids) | {model.tokenizer.eos_token_id}
-    prompt = torch.tensor([opening] * BATCH, device=model.device)
-    while True:
+    ends = {*model.eos_ids, model.tokenizer.eos_token_id} - {None}
+    room = (model.max_positions or len(opening) + n_tokens) - len(opening)
+    n_rows = BATCH.get(model.device.type, BATCH["cpu"])
+    prompt = torch.tensor([opening] * n_rows, device=model.device)
+    for batch in range(-(-n_draws // n_rows)):
         rows = generate(
             model.network,
             prompt,
-            new_tokens=max(1, n_tokens - len(opening)),
-            eos_ids=sorted(end for end in ends if end is not None),
+            new_tokens=min(n_tokens, room),
+            eos_ids=sorted(ends),
             sample=True,
-            seed=seed,
+            # Not seed + batch: the second batch of one seed would be the first of the next.
+            seed=int(np.random.SeedSequence([seed, batch]).generate_state(1)[0]),
         )
-        seed += 1
         for row in rows:
-            yield opening + [token for token in row if token not in ends]
-
-
-def sample_turns(model: Model, *, seed: int) -> Iterator[str]:
-    """Endless user's turns, as text, of a model with a chat template."""
-    opening = chat_opening(model)
-    if opening is None:
-        raise PromptError(f"{model.reference} has no chat template; leave out --chat")
-    for ids in sample_ids(model, n_tokens=len(opening) + MAX_TURN_TOKENS, seed=seed):
-        yield str(model.tokenizer.decode(ids[len(opening) :], skip_special_tokens=True)).strip()
+            text = str(model.tokenizer.decode(row, skip_special_tokens=True)).strip()
+            if text:
+                yield Document(text)
 
 
 def chat_opening(model: Model) -> list[int] | None:

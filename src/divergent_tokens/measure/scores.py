@@ -1,8 +1,9 @@
 """Per-token scores of a model on the base's completions, from one teacher-forced pass."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from divergent_tokens.measure.batches import BatchSize
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import Progress, silent
-from divergent_tokens.measure.states import States, hidden_batches
+from divergent_tokens.measure.states import States, by_length, hidden_batches
 from divergent_tokens.models import Model
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of one [token, vocab] float32 array; about ten of them live at once, whatever the number of prompts."""
+"""Size of one [token, vocab] float32 array; a few of them live at once, however many prompts."""
+CPU_SLICE_BYTES = 4 * 2**20
+"""On a CPU the arithmetic on logits runs in slices that stay in its caches: three times as fast."""
 
 Floats = NDArray[np.float32]
 
@@ -38,7 +41,7 @@ class TokenScores:
     argmax_logprobs: Floats
     """log q of the model's own choice."""
     margins: Floats
-    """The model's logit of the completion's token minus its best other one: negative where it diverges."""
+    """The model's logit of the completion's token minus its best other; negative if it diverges."""
     base_logprobs: Floats
     """log p of the completion's token."""
     base_argmax_logprobs: Floats
@@ -75,11 +78,13 @@ def score(
 
 @torch.no_grad()
 def score_base(model: Model, head: Head, completions: Completions, states: States) -> TokenScores:
-    """The base on its own completions, from its kept states: the noise floor, and the base's margins."""
+    """The base on its own completions, from its kept states: the noise floor, and its margins."""
     arrays = _empty(completions)
-    for prompt in range(len(completions.prompts)):
-        hidden = states.of(prompt, model.device)
-        _score_rows(arrays, completions, [prompt], head, hidden, head, hidden)
+    order = by_length(completions)
+    for start in range(0, len(order), states.batch_size):  # in the batches of its candidates
+        batch = order[start : start + states.batch_size]
+        hidden = torch.cat([states.of(prompt, model.device) for prompt in batch])
+        _score_rows(arrays, completions, batch, head, hidden, head, hidden)
     return _checked(TokenScores(mask=completions.mask, **arrays), model)
 
 
@@ -115,23 +120,25 @@ _DTYPES: dict[str, type[np.generic]] = {
 } | {"argmax_ids": np.int32, "kl": np.float64, "acceptance": np.float64}
 
 
-def _empty(completions: Completions) -> dict[str, NDArray[np.generic]]:
+def _empty(completions: Completions) -> dict[str, NDArray[Any]]:
     return {name: np.zeros(completions.ids.shape, dtype) for name, dtype in _DTYPES.items()}
 
 
 def _score_rows(
-    arrays: dict[str, NDArray[np.generic]],
+    arrays: dict[str, NDArray[Any]],
     completions: Completions,
-    batch: list[int],
+    batch: Sequence[int],
     head: Head,
     hidden: Tensor,
     base_head: Head,
     base_hidden: Tensor,
 ) -> None:
-    lengths = completions.lengths[batch]
+    lengths = completions.lengths[list(batch)]
     prompts = np.repeat(batch, lengths)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    targets = torch.from_numpy(completions.ids[prompts, positions].astype(np.int64)).to(hidden.device)
+    targets = torch.from_numpy(completions.ids[prompts, positions].astype(np.int64)).to(
+        hidden.device
+    )
     start = 0
     for chunk in score_chunks(head, hidden, base_head, base_hidden, targets):
         rows = slice(start, start + len(chunk["kl"]))
@@ -149,7 +156,10 @@ def score_chunks(
     for a in range(0, len(hidden), n):
         logits = head.logits(hidden[a : a + n])
         base_logits = logits if same else base_head.logits(base_hidden[a : a + n])
-        yield score_logits(logits, base_logits, targets[a : a + n])
+        step = max(1, n * CPU_SLICE_BYTES // CHUNK_BYTES) if logits.device.type == "cpu" else n
+        for b in range(0, len(logits), step):
+            rows = slice(b, b + step)
+            yield score_logits(logits[rows], base_logits[rows], targets[a : a + n][rows])
 
 
 def _chunk_tokens(head: Head, hidden: Tensor) -> int:
@@ -177,15 +187,15 @@ def score_logits(logits: Tensor, base_logits: Tensor, targets: Tensor) -> dict[s
 
 
 def _kl_and_acceptance(p: Tensor, q: Tensor) -> dict[str, Tensor]:
-    """KL(p ‖ q) and Σ min(p, q) from log-probabilities [token, vocab], summed in float64.
+    """KL(p ‖ q) and Σ min(p, q) from log-probabilities [token, vocab].
 
     As in metrics.kl: terms p (e^d − 1 − d), none negative; the sum of p (−d) would cancel.
+    Nothing cancels in the sums either, so float32's are good to a millionth.
     """
     d = q - p
-    probability = p.exp()
-    candidate = q.exp()
-    near = torch.where(d.abs() < 1, torch.expm1(d.clamp(-1, 1)) - d, 0) * probability
-    far = torch.where(d.abs() < 1, 0, candidate - probability * (1 + d))
-    kl = near.add_(far).clamp_(min=0).sum(-1, dtype=torch.float64)
-    apart = (probability - candidate).abs_().sum(-1, dtype=torch.float64)
-    return {"kl": kl, "acceptance": (1 - 0.5 * apart).clamp(0, 1)}
+    probability, candidate = p.exp(), q.exp()
+    near = torch.expm1(d).sub_(d).mul_(probability)
+    far = candidate - probability * (1 + d)  # p e^d could overflow; q is the same
+    kl = torch.where(d.abs() < 1, near, far).clamp_(min=0).sum(-1)
+    apart = (probability - candidate).abs_().sum(-1)
+    return {"kl": kl.double(), "acceptance": (1 - 0.5 * apart.double()).clamp(0, 1)}

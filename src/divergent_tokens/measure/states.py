@@ -1,6 +1,6 @@
-"""The base's final hidden states at every completion token, kept so that no candidate runs the base again."""
+"""The base's final hidden states at every completion token, kept so that it runs only once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,14 +29,15 @@ class States:
     """[token, hidden]; bfloat16 is kept as the uint16 of the same bits."""
     offsets: NDArray[np.int64]
     """Where each prompt's tokens begin, and the end of the last. [prompt + 1]"""
-    dtype: torch.dtype
     batch_size: int
     """With how many sequences at once they were made: candidates run in the same shapes."""
 
     def of(self, prompt: int, device: torch.device) -> Tensor:
         """One prompt's hidden states [token, hidden]."""
-        rows = np.array(self.array[self.offsets[prompt] : self.offsets[prompt + 1]])
-        return _as_dtype(torch.from_numpy(rows), self.dtype).to(device)
+        rows = torch.from_numpy(
+            np.array(self.array[self.offsets[prompt] : self.offsets[prompt + 1]])
+        )
+        return (rows.view(torch.bfloat16) if rows.dtype == torch.uint16 else rows).to(device)
 
 
 @torch.no_grad()
@@ -48,13 +50,15 @@ def base_states(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> States:
-    """One teacher-forced pass of the base over prompts and completions; from the cache if it is known."""
+    """One teacher-forced pass of the base over prompts and completions, or what the cache kept."""
     key = content_key(
         kind="states/1",
         model=model.fingerprint,
         dtype=str(model.dtype),
         device=str(model.device.type),
-        torch=torch.__version__,
+        attention=getattr(model.network.config, "_attn_implementation", None),
+        batch_size=batch_size.value,
+        versions=[torch.__version__, transformers.__version__],
         prompts=completions.prompts.digest,
         completions=content_key(ids=completions.ids.tolist(), lengths=completions.lengths.tolist()),
     )
@@ -62,7 +66,7 @@ def base_states(
     entry = read_entry(cache, key)
     if entry is not None:
         batch_size.value = int(entry.header["batch_size"])
-        return States(entry.arrays["hidden"], offsets, model.dtype, batch_size.value)
+        return States(entry.arrays["hidden"], offsets, batch_size.value)
     with writing_entry(cache, key) if cache else nullcontext() as writer:
         array: NDArray[Any] | None = None
         for batch, rows in hidden_batches(model, head, completions, batch_size, "base", progress):
@@ -79,7 +83,13 @@ def base_states(
         if writer:
             writer.header["batch_size"] = batch_size.value
     assert array is not None  # there is a prompt, and a completion has a token
-    return States(array, offsets, model.dtype, batch_size.value)
+    return States(array, offsets, batch_size.value)
+
+
+def by_length(completions: Completions) -> list[int]:
+    """The prompts in the order in which they run: the shortest sequence first."""
+    lengths = [len(sequence) for sequence in completions.sequences()]
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 def hidden_batches(
@@ -89,10 +99,10 @@ def hidden_batches(
     batch_size: BatchSize,
     stage: str,
     progress: Progress,
-) -> Any:
-    """Batches of prompts with each one's hidden states [token, hidden] at the completion's positions."""
+) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+    """Batches of prompts, with the hidden states [token, hidden] that predict each completion."""
     sequences = completions.sequences()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    order = by_length(completions)
     total = sum(map(len, sequences))
     done = 0
 
@@ -103,8 +113,8 @@ def hidden_batches(
         for row, i in enumerate(batch):
             start = len(completions.prompts.prompts[i].ids) - 1  # position t − 1 predicts token t
             rows.append(hidden[row, start : len(sequences[i]) - 1])
-        for row in rows:
-            if not torch.isfinite(row).all():
+        for states in rows:
+            if not torch.isfinite(states).all():
                 raise ModelError(not_finite(model, ids))
         return rows
 
@@ -122,7 +132,11 @@ def not_finite(model: Model, ids: Tensor) -> str:
 
         def watch(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and first.is_floating_point() and not torch.isfinite(first).all():
+            if (
+                isinstance(first, Tensor)
+                and first.is_floating_point()
+                and not torch.isfinite(first).all()
+            ):
                 found.append(name)
 
         hooks.append(module.register_forward_hook(watch))
@@ -133,8 +147,9 @@ def not_finite(model: Model, ids: Tensor) -> str:
             hook.remove()
     where = f"first in {found[0]}" if found else "in its logits"
     return (
-        f"{model.reference} computes NaN or infinite values, {where}; a model must give finite logits. "
-        "Check its weights, or run it in another --dtype (float16 overflows where bfloat16 does not)"
+        f"{model.reference} computes NaN or infinite values, {where}; a model must give finite "
+        "logits. Check its weights, or run it in another --dtype (float16 overflows where bfloat16 "
+        "does not)"
     )
 
 
@@ -143,7 +158,3 @@ def _as_bits(hidden: Tensor) -> NDArray[Any]:
     return np.asarray(
         (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
     )
-
-
-def _as_dtype(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.view(torch.bfloat16) if dtype == torch.bfloat16 else rows

@@ -54,30 +54,6 @@ class Metrics:
             plain[name] = {group: part.to_json() for group, part in members.items()}
         return plain
 
-    def value(self, name: str) -> float | None:
-        """The number behind a metric's name, for conditions and orders; None if not measured."""
-        found = self.ppl and self.ppl["conventional"] if name == "ppl" else getattr(self, name)
-        if isinstance(found, dict):
-            return found["value"]
-        return found.value if isinstance(found, Estimate) else found
-
-
-VALUES = (
-    "fdt",
-    "median_fdt",
-    "sdt",
-    "dppl",
-    "base_dppl",
-    "ppl",
-    "kl",
-    "kl_p99",
-    "acceptance",
-    "near_ties",
-    "identical",
-    "repeated",
-)
-"""The metrics that are one number each."""
-
 
 def summarize(
     divergence: Divergence,
@@ -105,7 +81,9 @@ def summarize(
         median_fdt=median_fdt(d.fdt, d.censored, level=level),
         sdt=sdt,
         dppl=ratio(d.nats, "perplexity"),
-        base_dppl=None if d.base_nats is None else float(np.exp(d.base_nats.sum() / d.n_tokens.sum())),
+        base_dppl=None
+        if d.base_nats is None
+        else float(np.exp(d.base_nats.sum() / d.n_tokens.sum())),
         kl=ratio(d.kl, "nats"),
         kl_p99=None if d.kl_per_token is None else float(np.quantile(d.kl_per_token[d.mask], 0.99)),
         acceptance=ratio(d.acceptance, "share"),
@@ -134,7 +112,11 @@ def _by_group(
     members = {group: [i for i, g in enumerate(groups) if g == group] for group in found}
     return {
         group: summarize(
-            d.subset(rows), [margins_at_first[i] for i in rows], repeated[rows], level=level, seed=seed
+            d.subset(rows),
+            [margins_at_first[i] for i in rows],
+            repeated[rows],
+            level=level,
+            seed=seed,
         )
         for group, rows in members.items()
     }

@@ -1,0 +1,106 @@
+"""A plan carried out on a model's weights: lent, every bit coming back, or for good."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from divergent_tokens.compress.components import Component, component_view, find_components
+from divergent_tokens.compress.plan import Plan, check_plan
+from divergent_tokens.errors import ModelError
+
+if TYPE_CHECKING:
+    from divergent_tokens.models import Model
+
+
+@contextmanager
+def lent_plan(
+    model: "Model", plan: Plan, *, components: Sequence[Component] | None = None
+) -> "Iterator[Model]":
+    """The model with its weights compressed, as long as the context lasts.
+
+    The network is the same object: whoever else holds it sees the change. Afterwards, and after
+    any exception or interrupt, every parameter has its own storage back, so nothing can have been
+    rounded. The memory of the touched parameters is needed twice. Lending may be nested.
+
+    `components`, if known already, saves finding them again. Raises SchemeError or ModelError
+    before anything is changed, if the plan does not fit.
+    """
+    holders = _holders(model.network, plan, components)
+    with ExitStack() as stack:  # gives back the rest too if giving back is interrupted
+        for parameter, held in holders:
+            compressed = _compressed(parameter, held, plan)
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = compressed
+        yield _renamed(model, plan)
+
+
+def apply_plan(
+    model: "Model", plan: Plan, *, components: Sequence[Component] | None = None
+) -> "Model":
+    """The model with its weights compressed for good, in the same network.
+
+    One parameter at a time, so that no more memory is needed than for the largest. Raises before
+    anything is changed if the plan does not fit; after an interrupt load the model again.
+    """
+    for parameter, held in _holders(model.network, plan, components):
+        parameter.data = _compressed(parameter, held, plan)
+    return _renamed(model, plan)
+
+
+_Holder = tuple[nn.Parameter, list[Component]]
+
+
+def _holders(
+    network: PreTrainedModel, plan: Plan, components: Sequence[Component] | None
+) -> list[_Holder]:
+    """Each parameter that changes, with the components to change in it; all that can fail, here."""
+    known = find_components(network) if components is None else components
+    changed: dict[str, list[Component]] = {}
+    for component in check_plan(plan, known):
+        changed.setdefault(component.parameter, []).append(component)
+    holders = []
+    for name, held in changed.items():
+        parameter = network.get_parameter(name)
+        _check_parameter(network, parameter, held)
+        holders.append((parameter, held))
+    return holders
+
+
+def _check_parameter(
+    network: PreTrainedModel, parameter: nn.Parameter, held: list[Component]
+) -> None:
+    for component in held:
+        component_view(parameter.detach(), component)  # raises if it is another network's component
+    if parameter.is_meta:
+        raise ModelError(
+            f"{held[0].name} is not in memory (offloaded); load the model whole to compress it"
+        )
+    ends = cast(Any, network)  # transformers leaves these two methods untyped
+    embeddings = (ends.get_input_embeddings(), ends.get_output_embeddings())
+    if any(getattr(module, "weight", None) is parameter for module in embeddings):
+        raise ModelError(
+            f"{held[0].name} shares its weight with the embeddings or the head, which would change "
+            "with it; exclude it"
+        )
+
+
+@torch.no_grad()
+def _compressed(parameter: nn.Parameter, held: list[Component], plan: Plan) -> Tensor:
+    """A copy of the parameter's storage in which the components are compressed."""
+    storage = parameter.detach().clone()
+    for component in held:
+        compressed = plan.schemes[component.name].compress(component_view(parameter, component))
+        component_view(storage, component).copy_(compressed)
+    return storage
+
+
+def _renamed(model: "Model", plan: Plan) -> "Model":
+    # Another fingerprint too: nothing that was cached for the base is true of this model.
+    fingerprint = hashlib.sha256(f"{model.fingerprint} {plan.digest}".encode()).hexdigest()
+    return replace(model, reference=f"{model.reference} [{plan.name}]", fingerprint=fingerprint)

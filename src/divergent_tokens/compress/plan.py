@@ -1,0 +1,67 @@
+"""Which scheme each component gets."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.errors import SchemeError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Component name -> scheme; what is not named stays as the base has it."""
+
+    schemes: Mapping[str, Scheme]
+
+    @property
+    def name(self) -> str:
+        """The scheme's text where all have the same, else a count of each, most frequent first."""
+        texts = [str(scheme) for scheme in self.schemes.values()]
+        distinct = sorted(set(texts), key=lambda text: (-texts.count(text), text))
+        if len(distinct) == 1:
+            return distinct[0]
+        return ", ".join(f"{texts.count(text)} x {text}" for text in distinct) or "unchanged"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of all names and schemes, in the order of the names."""
+        lines = sorted(f"{name}\t{scheme}\n" for name, scheme in self.schemes.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def uniform_plan(components: Iterable[Component], scheme: Scheme) -> Plan:
+    """The same scheme for all of them."""
+    return Plan({component.name: scheme for component in components})
+
+
+def check_plan(plan: Plan, components: Sequence[Component]) -> tuple[Component, ...]:
+    """The components that the plan changes, in the order given.
+
+    Raises SchemeError for a name that is not among `components`, and for a scheme that does not
+    fit its component.
+    """
+    by_name = {component.name: component for component in components}
+    unknown = [name for name in plan.schemes if name not in by_name]
+    if unknown:
+        raise SchemeError(
+            f"the plan names {unknown[0]!r} ({len(unknown)} of {len(plan.schemes)} names), which "
+            "is no component of this model; make the plan from this model's components"
+        )
+    groups: dict[Scheme, list[Component]] = {}
+    for name, scheme in plan.schemes.items():
+        groups.setdefault(scheme, []).append(by_name[name])
+    for scheme, members in groups.items():
+        scheme.check(members)
+    return tuple(component for component in components if component.name in plan.schemes)
+
+
+def size_bytes(plan: Plan, components: Iterable[Component]) -> int:
+    """Bytes of all the components under the plan; those it does not name count as in the base."""
+    return sum(
+        plan.schemes[component.name].size_bytes(component)
+        if component.name in plan.schemes
+        else component.base_size_bytes
+        for component in components
+    )

@@ -1,0 +1,244 @@
+"""What can be done to a component, read from a line of text and printed as one.
+
+A scheme is a chain of steps, `magnitude:0.5+int4:g64`. Each kind of step is a family that reads
+its own text; no family knows another. To add one, write its step and put it in `_FAMILIES`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Protocol
+
+from torch import Tensor
+
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.prune import prune_magnitude
+from divergent_tokens.compress.quantize import (
+    Granularity,
+    dequantize,
+    quantize,
+    scale_dtype,
+)
+from divergent_tokens.errors import SchemeError
+
+
+class Step(Protocol):
+    """One thing that is done to a weight matrix. `str(step)` is the text it is read from."""
+
+    def check(self, components: Sequence[Component]) -> None:
+        """Raise SchemeError, naming a component, if the step does not fit one of them."""
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """A new dense [out, in] matrix of the same dtype; `weight` is left alone."""
+
+    def size_bytes(self, component: Component, size_before: int) -> int:
+        """What the component takes on disk after this step, if it took `size_before`."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Steps that are taken one after the other."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        """The text that `parse_scheme` reads."""
+        return "+".join(str(step) for step in self.steps)
+
+    def check(self, components: Sequence[Component]) -> None:
+        """Raise SchemeError, naming a component, if the scheme does not fit one of them."""
+        for step in self.steps:
+            step.check(components)
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """The dense [out, in] matrix that comes out, in the same dtype; `weight` is left alone."""
+        for step in self.steps:
+            weight = step.compress(weight)
+        return weight
+
+    def size_bytes(self, component: Component) -> int:
+        """What the component takes on disk: codes, scales and zero points, or dense weights."""
+        size = component.base_size_bytes
+        for step in self.steps:
+            size = step.size_bytes(component, size)
+        return size
+
+
+@dataclass(frozen=True)
+class AbsMax:
+    """`int4:g64:asym`: integer codes and a scale for each tensor, output channel or group."""
+
+    bits: int
+    granularity: Granularity = "channel"
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        """The canonical text: granularity before symmetry, defaults left out."""
+        words = [f"int{self.bits}"]
+        if self.granularity == "tensor":
+            words.append("tensor")
+        elif self.granularity != "channel":
+            words.append(f"g{self.granularity}")
+        return ":".join(words if self.symmetric else [*words, "asym"])
+
+    def check(self, components: Sequence[Component]) -> None:
+        """Refuse a group size that does not divide the `in` of every component."""
+        if not isinstance(self.granularity, int):
+            return
+        unfit = [c for c in components if c.shape[1] % self.granularity]
+        if unfit:
+            fitting = _fitting_groups(self.granularity, components)
+            raise SchemeError(
+                f"{self}: groups of {self.granularity} do not divide the {unfit[0].shape[1]} input "
+                f"columns of {unfit[0].name} ({len(unfit)} of {len(components)} components do not "
+                f"fit). Group sizes that fit all: {fitting or 'none from 8 up'}; or exclude "
+                "components"
+            )
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """The matrix after coding and decoding."""
+        return dequantize(
+            quantize(weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric)
+        )
+
+    def size_bytes(self, component: Component, size_before: int) -> int:
+        """B bits a code and a zero point, packed without gaps, and the scales in their dtype."""
+        n_out, n_in = component.shape
+        if self.granularity == "tensor":
+            n_scales = 1
+        elif self.granularity == "channel":
+            n_scales = n_out
+        else:
+            n_scales = n_out * (n_in // self.granularity)
+        n_zero_points = 0 if self.symmetric else n_scales
+        return (
+            math.ceil(n_out * n_in * self.bits / 8)
+            + math.ceil(n_zero_points * self.bits / 8)
+            + n_scales * scale_dtype(component.dtype).itemsize
+        )
+
+
+def _fitting_groups(wanted: int, components: Sequence[Component]) -> str:
+    """Up to eight group sizes that divide every `in`, those nearest to the one that was wanted."""
+    common = math.gcd(*(component.shape[1] for component in components))
+    sizes = [size for size in range(8, common + 1) if common % size == 0]
+    nearest = sorted(sizes, key=lambda size: abs(math.log(size / wanted)))[:8]
+    return ", ".join(str(size) for size in sorted(nearest))
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """`magnitude:0.5`: that share of each matrix, its smallest weights, set to zero."""
+
+    share: float
+
+    def __str__(self) -> str:
+        """The canonical text."""
+        return f"magnitude:{self.share!r}"
+
+    def check(self, components: Sequence[Component]) -> None:
+        """Fits every matrix."""
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """The matrix with zeros."""
+        return prune_magnitude(weight, self.share)
+
+    def size_bytes(self, component: Component, size_before: int) -> int:
+        """As before: zeros are stored like any other weight."""
+        return size_before
+
+
+# --- reading ---
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme that a line says; `str` of it gives the line back, in its canonical spelling.
+
+    Raises SchemeError if a step is not known (names the nearest that is), says something out of
+    range, says a thing twice, or if the same family comes twice.
+    """
+    parts = text.strip().split("+")
+    read = [_parse_step(part.strip(), text) for part in parts]
+    families = [family for family, _ in read]
+    for family in families:
+        if families.count(family) > 1:
+            raise SchemeError(
+                f"scheme {text!r} has two steps of the kind {family!r}; a scheme takes one of each"
+            )
+    return Scheme(tuple(step for _, step in read))
+
+
+def _parse_step(text: str, whole: str) -> tuple[str, Step]:
+    for family in _FAMILIES:
+        if family.owns.fullmatch(text.partition(":")[0]):
+            return family.name, family.parse(text)
+    raise SchemeError(_unknown(text, whole))
+
+
+def _unknown(text: str, whole: str) -> str:
+    known = [form for family in _FAMILIES for form in family.forms]
+    nearest = max(known, key=lambda form: SequenceMatcher(None, text, form).ratio())
+    within = "" if text == whole else f" in {whole!r}"
+    return (
+        f"unknown scheme {text!r}{within}; did you mean {nearest!r}? Known: {', '.join(known)}, "
+        "and chains of them with '+'"
+    )
+
+
+def _parse_absmax(text: str) -> AbsMax:
+    head, *words = text.split(":")
+    bits = int(head.removeprefix("int"))
+    if not 2 <= bits <= 8:
+        raise SchemeError(f"{text!r} asks for {bits} bits; AbsMax takes 2 to 8, as int2 ... int8")
+    granularity: Granularity | None = None
+    symmetric = True
+    for word in words:
+        group = re.fullmatch(r"g([1-9]\d*)", word)
+        if word == "asym" and symmetric:
+            symmetric = False
+        elif (word == "tensor" or group) and granularity is None:
+            granularity = int(group[1]) if group else "tensor"
+        else:
+            raise SchemeError(
+                f"{text!r}: {word!r} is not known here, or says something a second time; after "
+                f"{head!r} may come ':tensor' or a group size such as ':g64', then ':asym'"
+            )
+    return AbsMax(bits, "channel" if granularity is None else granularity, symmetric)
+
+
+def _parse_magnitude(text: str) -> Magnitude:
+    try:
+        share = float(text.partition(":")[2])
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 1:
+        raise SchemeError(
+            f"{text!r} names no share of weights to prune; expected a number from 0 up to, but "
+            "not, 1, as in 'magnitude:0.5'"
+        )
+    return Magnitude(share)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One kind of step: which text is its own, and how it reads it."""
+
+    name: str
+    owns: re.Pattern[str]
+    """Matches the text up to the first colon."""
+    parse: Callable[[str], Step]
+    forms: tuple[str, ...]
+    """Examples to show; every one parses."""
+
+
+_FAMILIES = (
+    _Family(
+        "int",
+        re.compile(r"int(0|[1-9]\d*)"),
+        _parse_absmax,
+        (*(f"int{bits}" for bits in range(2, 9)), "int8:tensor", "int4:g64", "int4:g64:asym"),
+    ),
+    _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
+)
