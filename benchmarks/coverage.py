@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 from machine import machine, write_result
 
+from divergent_tokens import load_model, read_prompts, scheme_candidates
+from divergent_tokens.measure.batches import first_batch_size
+from divergent_tokens.measure.comparison import divergence_of
+from divergent_tokens.measure.completions import complete
+from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.intervals import Estimate, estimate_mean, estimate_ratio
+from divergent_tokens.measure.scores import score
+from divergent_tokens.measure.states import base_states
+from divergent_tokens.store import default_cache
 
+COLUMNS = ("fdt", "n_divergent", "n_tokens", "nats", "kl", "acceptance", "longest_agreement")
 Rows = dict[str, np.ndarray[Any, Any]]
 
 
@@ -72,29 +81,36 @@ def coverage(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Rows of the three schemes on the base's completions."""
-    from divergent_tokens import compare, load_model, read_prompts, scheme_candidates
-
+    """Each scheme's sums and counts, prompt by prompt, on the base's completions."""
     base = load_model(arguments.base, cache=arguments.cache)
     prompts = read_prompts(
-        arguments.prompts, base, n_prompts=arguments.n_prompts, prefix=arguments.prefix, cache=arguments.cache
-    )
-    comparison = compare(
+        arguments.prompts,
         base,
-        scheme_candidates(base, *arguments.schemes.values()),
-        prompts,
-        new_tokens=arguments.new_tokens,
+        n_prompts=arguments.n_prompts,
+        prefix=arguments.prefix,
         cache=arguments.cache,
     )
-    by_name = {candidate.name: candidate.rows for candidate in comparison.candidates}
-    columns = ("fdt", "n_divergent", "n_tokens", "nats", "kl", "acceptance")
-    rows = {
-        strength: {name: [getattr(row, name) for row in by_name[scheme]] for name in columns}
-        for strength, scheme in arguments.schemes.items()
-    }
+    completions = complete(
+        base, prompts, new_tokens=arguments.new_tokens, cache=arguments.cache, progress=told
+    )
+    head = find_head(base.network)
+    size = first_batch_size(base.device)
+    states = base_states(base, head, completions, batch_size=size, cache=arguments.cache)
+    candidates = scheme_candidates(base, *arguments.schemes.values())
+    rows = {}
+    for strength, scheme in arguments.schemes.items():
+        with candidates[scheme] as model:
+            scores = score(model, head, completions, head, states, name=scheme, progress=told)
+        found = divergence_of(scores, completions)
+        columns = {name: getattr(found, name) for name in COLUMNS}
+        rows[strength] = {name: values.tolist() for name, values in columns.items()}
     if arguments.write_rows:
         arguments.write_rows.write_text(json.dumps(rows))
     return rows
+
+
+def told(stage: str, done: int, total: int, unit: str) -> None:
+    print(f"\r{stage}: {done} of {total} {unit}", end="\n" if done == total else "", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -116,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write-rows", type=Path)
     parser.add_argument("--name", default="coverage")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--cache", type=Path, default=default_cache())
     return parser.parse_args()
 
 

@@ -295,7 +295,8 @@ def _print_comparison(record: dict[str, Any], format: Format) -> None:  # noqa: 
     elif format is Format.markdown:
         typer.echo(comparison_markdown(record), nl=False)
     else:
-        Console().print(comparison_text(record))
+        console = Console()
+        console.print(comparison_text(record, width=console.width))
 
 
 def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def compare(
     own = score_base(base, head, completions, states)
     first = _first_logits(base, head, states)
     run = _Run(base, head, completions, states, own, first, text, n_examples, level, seed, progress)
-    floor = run.summary(_divergence(own, completions), run.perplexity("base", base, head))
+    floor = run.summary(divergence_of(own, completions), run.perplexity("base", base, head))
     with lent_rounding(base, seed=seed) as rounded:
         rounding = run.measure("rounding", rounded).metrics
     results = []
@@ -229,7 +229,7 @@ class _Run:
             argmax_logprobs=scores.argmax_logprobs,
         )
         ppl = self.perplexity(name, model, head)
-        return self._result(name, _divergence(scores, self.completions), arrays, model, ppl)
+        return self._result(name, divergence_of(scores, self.completions), arrays, model, ppl)
 
     def engine(self, name: str, engine: EngineScores) -> CandidateResult:
         found = divergence(
@@ -309,7 +309,8 @@ def _first_logits(base: Model, head: Head, states: States) -> Tensor:
     return head.logits(states.of(0, base.device)[:1])[0]
 
 
-def _divergence(scores: TokenScores, completions: Completions) -> Divergence:
+def divergence_of(scores: TokenScores, completions: Completions) -> Divergence:
+    """Each prompt's sums and counts from a candidate's token scores."""
     return divergence(
         scores.argmax_ids,
         completions.ids,

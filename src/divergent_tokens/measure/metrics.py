@@ -176,6 +176,17 @@ class Divergence:
     acceptance: Floats | None
     """Σ min(p, q) summed over the completion. [prompt]"""
 
+    @property
+    def longest_agreement(self) -> Integers:
+        """The longest run of tokens that agree, anywhere in the completion. [prompt]"""
+        agree = self.mask & ~self.apart
+        run = np.zeros(len(agree), dtype=np.int64)
+        longest = run.copy()
+        for t in range(agree.shape[1]):
+            run = np.where(agree[:, t], run + 1, 0)
+            longest = np.maximum(longest, run)
+        return longest
+
     def subset(self, prompts: Sequence[int]) -> "Divergence":
         """The same for some of the prompts."""
         rows = list(prompts)

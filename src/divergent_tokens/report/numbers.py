@@ -6,6 +6,8 @@ from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
 MISSING = "–"
+UNKNOWN = "?"
+"""A bound that nothing is known of."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -24,29 +26,32 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - size)}f}"
 
 
-def percent(share: float | None) -> str:
+def percent(share: float | None, digits: int = 3) -> str:
     """A share as a percentage.
 
-    >>> [percent(x) for x in (0.0202, 0.5, 0.00012, 0, 1, None)]
-    ['2.02%', '50.0%', '0.012%', '0%', '100%', '–']
+    >>> [percent(x) for x in (0.0202, 0.5, 0.00012, 0, 1, 0.978, 0.99998, None)]
+    ['2.02%', '50.0%', '0.012%', '0%', '100%', '97.8%', '99.998%', '–']
     """
     if share is None:
         return MISSING
     if share in (0, 1):
         return f"{share:.0%}"
-    return f"{100 * share:.{1 if share >= 0.1 else 2 if share >= 0.001 else 3}f}%"
+    size = math.floor(math.log10(100 * min(share, 1 - share)))
+    decimals = digits - size - (1 if share <= 0.5 else 2)
+    return f"{100 * share:.{min(max(decimals, 0), 3)}f}%"
 
 
 def estimate(value: Mapping[str, Any] | None, *, as_percent: bool = False) -> tuple[str, str]:
-    """An ESTIMATE as its value, and its interval in brackets ("" where there is none)."""
+    """An ESTIMATE as its value, and its interval with two digits a bound ("" where there is none)."""
     if value is None or value["value"] is None:
         return MISSING, ""
     form = percent if as_percent else number
     low, high = value["low"], value["high"]
     if low is None and high is None:
         return form(value["value"]), ""
-    above = MISSING if high is None else form(high)
-    return form(value["value"]), f"[{form(low)}, {above}]"
+    below, above = (UNKNOWN if bound is None else form(bound, 2) for bound in (low, high))
+    to = " to " if low is not None and low < 0 else "–"
+    return form(value["value"]), f"{below.removesuffix('%')}{to}{above}"
 
 
 def sparkline(survival: Sequence[Sequence[float]], length: float, width: int = 12) -> str:

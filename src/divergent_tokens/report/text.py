@@ -14,7 +14,10 @@ ROUNDING_FACTOR = 3
 REPEATED_WARNING = 0.3
 """Above this share of repeated tokens a warning says that loops hide divergence."""
 
-_HEADERS = ("", "FDT", "SDT", "KL, nats/token", "DPPL", "acceptance", "identical", "survival")
+_HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
+_NARROW = 6
+"""How many of the columns fit a terminal of 80 characters."""
+_WIDE = 100
 
 Record = Mapping[str, Any]
 
@@ -36,9 +39,9 @@ def indistinguishable(metrics: Record, rounding: Record) -> bool:
     return bool(metrics[name]["value"] <= ROUNDING_FACTOR * rounding[name]["value"])
 
 
-def comparison_text(record: Record) -> RenderableType:
+def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
     """The comparison for a terminal: the table, the breakdown, the pairs, the examples, the notes."""
-    parts: list[RenderableType] = [Text(title(record)), _main_table(record)]
+    parts: list[RenderableType] = [Text(title(record) + "\n"), _main_table(record, width)]
     for name, header in (("by_domain", "domain"), ("by_language", "language")):
         if len(record["noise_floor"][name]) > 1:
             parts.append(_breakdown(record, name, header))
@@ -76,7 +79,8 @@ def notes(record: Record) -> Iterator[str]:
     level = floor["fdt"]["level"]
     yield (
         f"FDT: tokens until the first divergence, at most {number(floor['mean_length'])} here. "
-        f"SDT: share of divergent tokens. [low, high]: {level:.0%} intervals over prompts."
+        f""
+        f"SDT: share of divergent tokens. KL: nats per token. Ranges: {level:.0%} intervals over prompts."
     )
     for candidate in ordered(record):
         if indistinguishable(candidate["metrics"], record["rounding"]):
@@ -102,12 +106,20 @@ def notes(record: Record) -> Iterator[str]:
         )
 
 
-def _main_table(record: Record) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in _HEADERS:
-        table.add_column(header, justify="left", no_wrap=bool(header), overflow="fold")
+def _main_table(record: Record, width: int) -> Table:
+    n_columns = len(_HEADERS) if width >= _WIDE else _NARROW
+    table = _table(_HEADERS[:n_columns])
     for i, cells in enumerate(_cells(record)):
-        table.add_row(*map(Text, cells), style="dim" if i < 2 else "")
+        table.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
+    return table
+
+
+def _table(columns: Sequence[str], title: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    if title is not None:
+        table.title, table.title_justify, table.title_style = Text(f"\n{title}"), "left", "bold"
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
     return table
 
 
@@ -126,18 +138,17 @@ def _row(name: str, m: Record) -> list[str]:
         "\n".join(estimate(m["sdt"], as_percent=True)),
         "\n".join(estimate(m["kl"])),
         "\n".join(estimate(m["dppl"])),
+        sparkline(m["survival"], m["mean_length"]),
         "\n".join(estimate(m["acceptance"], as_percent=True)),
         percent(m["identical"]),
-        sparkline(m["survival"], m["mean_length"]),
     ]
 
 
 def _breakdown(record: Record, name: str, header: str) -> Table:
     """SDT of each candidate within each group: where a model drifts."""
     candidates = ordered(record)
-    table = Table(title=f"SDT by {header}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in (header, "prompts", *(candidate["name"] for candidate in candidates)):
-        table.add_column(Text(column), overflow="fold")
+    columns = (header, "prompts", *(candidate["name"] for candidate in candidates))
+    table = _table(columns, f"SDT by {header}")
     for group, floor in record["noise_floor"][name].items():
         shares = [percent(c["metrics"][name][group]["sdt"]["value"]) for c in candidates]
         table.add_row(Text(group), str(floor["fdt"]["n_prompts"]), *shares)
@@ -145,20 +156,12 @@ def _breakdown(record: Record, name: str, header: str) -> Table:
 
 
 def _pairs_table(record: Record) -> Table:
-    table = Table(
-        title="Pairs: difference of FDT on the same prompts",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
-    for column in ("pair", "difference", "p", "p, Holm"):
-        table.add_column(column)
+    columns = ("pair", "FDT difference", "p", "p, Holm")
+    table = _table(columns, "Differences on the same prompts")
     for pair in record["pairs"]:
-        value, interval = estimate(pair["fdt_difference"])
         table.add_row(
             Text(f"{pair['a']} − {pair['b']}"),
-            f"{value} {interval}".strip(),
+            " ".join(estimate(pair["fdt_difference"])).strip(),
             number(pair["p_value"], 2),
             number(pair["p_holm"], 2),
         )
