@@ -50,12 +50,22 @@ def main() -> None:
                 )
                 print(f"{strength:8} {metric:5} n={n:<4} coverage {share:6.1%}", flush=True)
     sizes = {strength: len(columns["fdt"]) for strength, columns in rows.items()}
-    result = {"trials": arguments.trials, "prompts": sizes, "schemes": arguments.schemes, "source": arguments.prompts, "results": results}
-    print(f"on {machine()['device']}; written to", write_result(arguments.name, result, arguments.out))
+    result = {
+        "trials": arguments.trials,
+        "prompts": sizes,
+        "schemes": arguments.schemes,
+        "source": arguments.prompts,
+        "results": results,
+    }
+    print(
+        f"on {machine()['device']}; written to", write_result(arguments.name, result, arguments.out)
+    )
 
 
 ESTIMATORS: dict[str, Callable[[Rows, int], Estimate]] = {
-    "fdt": lambda r, seed: estimate_mean(r["fdt"], ceiling=r["n_tokens"], seed=seed),
+    "fdt": lambda r, seed: estimate_mean(
+        r["fdt"], ceiling=r["n_tokens"], extreme=r["longest_agreement"].max(), seed=seed
+    ),
     "sdt": lambda r, seed: estimate_ratio(r["n_divergent"], r["n_tokens"], unit="share", seed=seed),
     "dppl": lambda r, seed: estimate_ratio(r["nats"], r["n_tokens"], unit="perplexity", seed=seed),
     "kl": lambda r, seed: estimate_ratio(r["kl"], r["n_tokens"], unit="nats", seed=seed),
@@ -128,7 +138,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--trials", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=Path, help="rows that --write-rows wrote, instead of measuring")
+    parser.add_argument(
+        "--rows", type=Path, help="rows that --write-rows wrote, instead of measuring"
+    )
     parser.add_argument("--write-rows", type=Path)
     parser.add_argument("--name", default="coverage")
     parser.add_argument("--out", type=Path)

@@ -15,7 +15,13 @@ from divergent_tokens.store import default_cache
 def main() -> None:
     arguments = parse()
     base = load_model(arguments.base, cache=arguments.cache, dtype=arguments.dtype)
-    prompts = read_prompts("builtin", base, n_prompts=arguments.n_prompts, prefix=arguments.prefix, cache=arguments.cache)
+    prompts = read_prompts(
+        "builtin",
+        base,
+        n_prompts=arguments.n_prompts,
+        prefix=arguments.prefix,
+        cache=arguments.cache,
+    )
     ids = torch.tensor([prompt.ids for prompt in prompts.prompts], device=base.device)
     seconds: dict[str, list[float]] = {}
     written = {}
@@ -41,7 +47,11 @@ def main() -> None:
             f"{tokens / min(values[1:]):,.0f} tokens/s"
         )
     print(f"the two agree on {sum(same) / len(same):.2%} of tokens; on {machine()['device']}")
-    result = {"base": arguments.base, "shape": [*ids.shape, arguments.new_tokens], "dtype": arguments.dtype}
+    result = {
+        "base": arguments.base,
+        "shape": [*ids.shape, arguments.new_tokens],
+        "dtype": arguments.dtype,
+    }
     result |= {"seconds": seconds, "agreement": sum(same) / len(same)}
     print("written to", write_result(arguments.name, result, arguments.out))
 

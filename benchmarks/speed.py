@@ -26,7 +26,11 @@ def main() -> None:
     arguments = parse()
     base = load_model(arguments.base, cache=arguments.cache, dtype=arguments.dtype)
     prompts = read_prompts(
-        arguments.prompts, base, n_prompts=arguments.n_prompts, prefix=arguments.prefix, cache=arguments.cache
+        arguments.prompts,
+        base,
+        n_prompts=arguments.n_prompts,
+        prefix=arguments.prefix,
+        cache=arguments.cache,
     )
     completions = complete(base, prompts, new_tokens=arguments.new_tokens, ignore_eos=True)
     head = find_head(base.network)
@@ -68,7 +72,9 @@ def report(
         f"{arguments.prefix} + {arguments.new_tokens} tokens, batches of {batch_size}"
     )
     for name, value in seconds.items():
-        print(f"{name:22} {value:8.2f} s   {value / seconds['score']:6.1f} times a further candidate")
+        print(
+            f"{name:22} {value:8.2f} s   {value / seconds['score']:6.1f} times a further candidate"
+        )
     result = {
         "base": arguments.base,
         "n_prompts": n_prompts,

@@ -1,16 +1,18 @@
-"""Candidates by name: schemes laid over the base for a while, and checkpoints loaded for a while."""
+"""Candidates by name: schemes laid over the base for a while, checkpoints loaded for a while."""
 
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from divergent_tokens import gguf_files, model_files
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import find_components
-from divergent_tokens.compress.plan import uniform_plan
+from divergent_tokens.compress.plan import check_plan, uniform_plan
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.models import Model, load_model
+from divergent_tokens.network_checks import refuse_unknown
 
 Candidates = dict[str, AbstractContextManager[Model]]
 
@@ -18,13 +20,17 @@ Candidates = dict[str, AbstractContextManager[Model]]
 def scheme_candidates(
     base: Model, *schemes: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Candidates:
-    """The base with every component (or those that match) under each scheme, named by the scheme's text.
+    """The base with every component (or those that match) under each scheme, by the scheme's text.
 
     The weights are lent: each comes back bit for bit before the next is made.
     Raises SchemeError at once for a scheme that is unknown or does not fit a component.
     """
+    parsed = [parse_scheme(text) for text in schemes]
+    check_names(*map(str, parsed))
     components = find_components(base.network, include=include, exclude=exclude)
-    plans = {str(scheme): uniform_plan(components, scheme) for scheme in map(parse_scheme, schemes)}
+    plans = {str(scheme): uniform_plan(components, scheme) for scheme in parsed}
+    for plan in plans.values():
+        check_plan(plan, components)
     return {name: lent_plan(base, plan) for name, plan in plans.items()}
 
 
@@ -36,7 +42,14 @@ def model_candidates(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Candidates:
-    """Checkpoints, each loaded when it is its turn and let go of before the next."""
+    """Checkpoints, each loaded when it is its turn and let go of before the next.
+
+    Raises ModelError at once for what is not there, is not whole, or asks for what is not allowed,
+    as far as that can be seen without loading it.
+    """
+    check_names(*references)
+    for reference in references:
+        _check_there(reference, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
     @contextmanager
     def loaded(reference: str) -> Iterator[Model]:
@@ -55,10 +68,30 @@ def model_candidates(
 
 def joined(*groups: Candidates) -> Candidates:
     """All candidates under one roof; a name that two of them bear is an error."""
-    whole: Candidates = {}
-    for group in groups:
-        twice = whole.keys() & group.keys()
-        if twice:
-            raise DivergentTokensError(f"two candidates are called {min(twice)!r}; give each once")
-        whole |= group
-    return whole
+    check_names(*(name for group in groups for name in group))
+    return {name: candidate for group in groups for name, candidate in group.items()}
+
+
+def check_names(*names: str) -> None:
+    """Raise DivergentTokensError for a name that two candidates bear."""
+    for name in names:
+        if names.count(name) > 1:
+            raise DivergentTokensError(
+                f"two candidates are called {name!r}; give each once, under its own name"
+            )
+
+
+def _check_there(reference: str, *, allow_pickle: bool, trust_remote_code: bool) -> None:
+    """Raise ModelError for what load_model would refuse by a checkpoint's files alone."""
+    if reference == gguf_files.DEMO:
+        gguf_files.demo_file()
+        return
+    path = model_files.find_model(reference)
+    if path.is_file():
+        gguf_files.check_gguf(path, reference)
+        return
+    config = model_files.read_config(path, reference)
+    refuse_unknown(config, reference, trust_remote_code=trust_remote_code)
+    model_files.find_tokenizer(path, reference)
+    if Path(reference).expanduser().is_dir():  # a hub id's weights are downloaded at its turn
+        model_files.find_weights(path, reference, config, allow_pickle=allow_pickle)

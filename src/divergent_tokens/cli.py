@@ -1,17 +1,19 @@
 """The command `dtm`: parse, call one verb, print one report, exit code."""
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from divergent_tokens.conditions import Condition, parse_condition
 from divergent_tokens.errors import DivergentTokensError
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 # Heavy imports stand inside each command, so that `dtm --help` answers at once.
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, BUG = 1, 2, 3
+BY_SIGNAL = 128
+"""Ended by a signal: this plus its number, so that an interrupt is 130."""
+
+# What typer raises about a command line; it has brought click's classes along, and then its own.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     help="Find out, token by token, how far a compressed language model has moved from its base.",
@@ -43,13 +50,16 @@ class Format(StrEnum):
     json = "json"
 
 
-Base = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.", show_default=False)]
+Base = Annotated[
+    str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.", show_default=False)
+]
 Prompts = Annotated[
     str,
     typer.Option(
         "--prompts",
         metavar="SOURCE",
-        help="builtin, self (drawn from the base), a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT]].",
+        help="builtin, self (drawn from the base), a .txt, .jsonl or .parquet file, or "
+        "hf:DATASET[:CONFIG[:SPLIT]].",
     ),
 ]
 NPrompts = Annotated[int, typer.Option("--n-prompts", min=1, help="How many prompts.")]
@@ -57,29 +67,51 @@ SkipPrompts = Annotated[
     int, typer.Option("--skip-prompts", min=0, help="Leave out the first so many that would fit.")
 ]
 Prefix = Annotated[int, typer.Option("--prefix", min=1, help="Tokens of each prompt.")]
-NewTokens = Annotated[int, typer.Option("--new-tokens", min=1, help="Most tokens of each completion.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Each document is a user's turn in the chat template.")]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=1, help="Most tokens of each completion.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Each document is a user's turn in the chat template.")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end of sequence.")]
-TextField = Annotated[str, typer.Option("--text-field", help="The field of a row that holds its text.")]
+TextField = Annotated[
+    str, typer.Option("--text-field", help="The field of a row that holds its text.")
+]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Sequences at once; found by trying if left out.")
+    int | None,
+    typer.Option("--batch-size", min=1, help="Sequences at once; found by trying if left out."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="auto, float32, bfloat16, float16. auto: float32 on a CPU, the checkpoint's own elsewhere.",
+        help="auto, float32, bfloat16, float16. auto: float32 on a CPU, the checkpoint's own "
+        "elsewhere.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For resampling, drawn prompts and the rounding floor.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=2**32 - 1,
+        help="For resampling, drawn prompts and the rounding floor.",
+    ),
+]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Where completions and dequantized models are kept.")
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="Where completions and dequantized models are kept."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (they are a risk).")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load pickled weights (they are a risk).")
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint (a risk).")
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint (a risk)."),
 ]
 
 
@@ -91,26 +123,43 @@ def compare(
     ] = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(help="Compare with the base under a scheme: int8, int8:tensor, int4:g64, int4:g64:asym, magnitude:0.5."),
+        typer.Option(
+            help="Compare with the base under a scheme: int8, int8:tensor, int4:g64, "
+            "int4:g64:asym, magnitude:0.5."
+        ),
     ] = None,
     scores: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Compare with another engine's scores of `dtm complete`'s file."),
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Compare with another engine's scores of `dtm complete`'s file.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write comparison.json here.")] = None,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(metavar="CONDITION", help="Exit with 1 if it is true of any candidate: 'fdt<40 and sdt>0.1'."),
+        typer.Option(
+            metavar="CONDITION",
+            help="Exit with 1 if it is true of any candidate: 'fdt<40 and sdt>0.1'.",
+        ),
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="FILE", help="Measure perplexity on this text too.")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Print so many of each candidate's earliest divergences.")] = 0,
-    format: Annotated[Format, typer.Option("--format", help="How the result is printed.")] = Format.text,  # noqa: A002
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Measure perplexity on this text too.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Print so many of each candidate's earliest divergences.")
+    ] = 0,
+    format: Annotated[
+        Format, typer.Option("--format", help="How the result is printed.")
+    ] = Format.text,
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     include: Annotated[
-        list[str] | None, typer.Option(help="Schemes touch only components that match (glob, or re:...).")
+        list[str] | None,
+        typer.Option(help="Schemes touch only components that match (glob, or re:...)."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Schemes leave out components that match (glob, or re:...).")
+        list[str] | None,
+        typer.Option(help="Schemes leave out components that match (glob, or re:...)."),
     ] = None,
     prompts: Prompts = "builtin",
     n_prompts: NPrompts = 128,
@@ -132,22 +181,38 @@ def compare(
     """Measure how far candidates have moved from a base, token by token."""
     conditions = [parse_condition(condition) for condition in fail_if or ()]
     if not 0 < level < 1:
-        raise DivergentTokensError(f"--level is {level}; expected a share between 0 and 1, such as 0.95")
+        raise DivergentTokensError(
+            f"--level is {level}; expected a share between 0 and 1, such as 0.95"
+        )
     if not (candidates or scheme or scores):
         raise DivergentTokensError(
             f"there is no candidate to compare {base} with; name a model, or give --scheme int8, "
             "or --scores NAME=FILE"
         )
+    if (include or exclude) and not scheme:
+        raise DivergentTokensError(
+            "--include and --exclude choose what a scheme touches, and no --scheme is given; give "
+            "one, or leave them out"
+        )
     files = _scores_files(scores or [])
+    _check_decidable(conditions, has_text=text is not None, engines=list(files))
+    if out:
+        _check_out(out, *files.values(), text, prompts)
 
-    from divergent_tokens.candidates import joined, model_candidates, scheme_candidates
+    from divergent_tokens.candidates import (
+        check_names,
+        joined,
+        model_candidates,
+        scheme_candidates,
+    )
+    from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.measure import comparison
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.models import load_model
-    from divergent_tokens.store import check_writable, default_cache
+    from divergent_tokens.store import default_cache
 
-    if out:
-        check_writable(out)
+    # Whatever is wrong with the candidates is said before any work is done on the base.
+    check_names(*(candidates or ()), *map(str, map(parse_scheme, scheme or ())), *files)
     given_text = read_text(text) if text else None
     cache = cache or default_cache()
     loading: dict[str, Any] = {
@@ -157,21 +222,30 @@ def compare(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
     }
+    models = model_candidates(*(candidates or ()), **loading)
     with _progress(quiet) as progress:
         progress(f"loading {base}", 0, 1, "")
         model = load_model(base, **loading)
         progress(f"loading {base}", 1, 1, "")
         schemes: Candidates = {}
         if scheme:
-            schemes = scheme_candidates(model, *scheme, include=include or (), exclude=exclude or ())
-        everything = joined(model_candidates(*(candidates or ()), **loading), schemes)
-        for name in files.keys() & everything.keys():
-            raise DivergentTokensError(f"two candidates are called {name!r}; name the scores otherwise")
+            schemes = scheme_candidates(
+                model, *scheme, include=include or (), exclude=exclude or ()
+            )
         result = comparison.compare(
             model,
-            everything,
+            joined(models, schemes),
             _read_prompts(
-                prompts, model, n_prompts, skip_prompts, prefix, chat, text_field, seed, cache, progress
+                prompts,
+                model,
+                n_prompts,
+                skip_prompts,
+                prefix,
+                chat,
+                text_field,
+                seed,
+                cache,
+                progress,
             ),
             scores=files,
             new_tokens=new_tokens,
@@ -217,9 +291,9 @@ def complete(
     from divergent_tokens.measure import completions
     from divergent_tokens.measure.engine import write_completions
     from divergent_tokens.models import load_model
-    from divergent_tokens.store import check_writable, default_cache
+    from divergent_tokens.store import default_cache
 
-    check_writable(out)
+    _check_out(out, prompts)
     cache = cache or default_cache()
     with _progress(quiet) as progress:
         progress(f"loading {base}", 0, 1, "")
@@ -235,7 +309,16 @@ def complete(
         written = completions.complete(
             model,
             _read_prompts(
-                prompts, model, n_prompts, skip_prompts, prefix, chat, text_field, seed, cache, progress
+                prompts,
+                model,
+                n_prompts,
+                skip_prompts,
+                prefix,
+                chat,
+                text_field,
+                seed,
+                cache,
+                progress,
             ),
             new_tokens=new_tokens,
             ignore_eos=ignore_eos,
@@ -244,7 +327,7 @@ def complete(
             progress=progress,
         )
     write_completions(out, written)
-    typer.echo(f"{len(written.prompts)} prompts, {int(written.mask.sum())} completion tokens: {out}")
+    _print(f"{len(written.prompts)} prompts, {int(written.mask.sum())} completion tokens: {out}\n")
 
 
 def _read_prompts(
@@ -280,35 +363,72 @@ def _scores_files(values: list[str]) -> dict[str, Path]:
     for value in values:
         name, sign, file = value.partition("=")
         if not (name and sign and file):
-            raise DivergentTokensError(f"--scores {value!r}; expected NAME=FILE, as in vllm=scores.jsonl")
+            raise DivergentTokensError(
+                f"--scores {value!r}; expected NAME=FILE, as in vllm=scores.jsonl"
+            )
         if name in files:
-            raise DivergentTokensError(f"--scores names {name!r} twice; give each engine its own name")
+            raise DivergentTokensError(
+                f"--scores names {name!r} twice; give each engine its own name"
+            )
         files[name] = Path(file)
+        if not files[name].is_file():
+            raise DivergentTokensError(f"the scores file {file} does not exist; check the path")
     return files
 
 
-def _print_comparison(record: dict[str, Any], format: Format) -> None:  # noqa: A002
+def _check_decidable(
+    conditions: Sequence[Condition], *, has_text: bool, engines: Sequence[str]
+) -> None:
+    """Raise at once for a condition on what will not be measured, not after an hour's work."""
+    metrics = {part.metric: condition for condition in conditions for part in condition.parts}
+    if "ppl" in metrics and not has_text:
+        raise DivergentTokensError(
+            f"the condition {metrics['ppl']} cannot be decided: ppl is measured on a text; give "
+            "one with --text"
+        )
+    for metric in ("ppl", "kl", "kl_p99", "acceptance"):
+        if metric in metrics and engines:
+            raise DivergentTokensError(
+                f"the condition {metrics[metric]} cannot be decided for {engines[0]}: a scores "
+                f"file does not hold {metric}; leave it out, or compare models only"
+            )
+
+
+def _check_out(out: Path, *inputs: Path | str | None) -> None:
+    """Raise where `out` could not be written, or would replace what is read."""
+    from divergent_tokens.store import check_writable
+
+    check_writable(out)
+    for file in inputs:
+        if file and out.is_file() and Path(file).exists() and out.samefile(file):
+            raise DivergentTokensError(
+                f"--out {out} would replace {file}, which is read; name another file"
+            )
+
+
+def _print_comparison(record: dict[str, Any], format: Format) -> None:
     from divergent_tokens.report.text import comparison_markdown, comparison_text
 
     if format is Format.json:
-        typer.echo(_as_json(record))
+        _print(_as_json(record) + "\n")
     elif format is Format.markdown:
-        typer.echo(comparison_markdown(record), nl=False)
+        _print(comparison_markdown(record))
     else:
         console = Console()
-        console.print(comparison_text(record, width=console.width))
+        with console.capture() as captured:
+            console.print(comparison_text(record, width=console.width))
+        _print(captured.get())
 
 
 def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:
     failed = [
-        f"{candidate['name']}: {condition}"
+        f"{candidate['name']}: {condition} ({condition.found(candidate['metrics'])})"
         for candidate in record["candidates"]
         for condition in conditions
         if condition.holds(candidate["metrics"])
     ]
     if failed:
-        Console(stderr=True).print(Text("failed: " + "; ".join(failed)))
-        raise typer.Exit(FAILED)
+        raise typer.Exit(_say("failed: " + "; ".join(failed), FAILED))
 
 
 def _write_json(target: Path, record: dict[str, Any]) -> None:
@@ -318,7 +438,32 @@ def _write_json(target: Path, record: dict[str, Any]) -> None:
 
 
 def _as_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    """JSON in ASCII: any terminal shows it, obeys nothing in it, and any file name fits into it."""
+    return json.dumps(record, allow_nan=False)
+
+
+def _print(text: str) -> None:
+    """Write to the standard output; a reader that has gone (`| head`) changes nothing else."""
+    if sys.stdout is None:  # closed by the shell
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        raise DivergentTokensError(
+            f"could not write to the standard output: {error.strerror}; free some room, or send "
+            "it elsewhere"
+        ) from error
+
+
+def _drop_output() -> None:
+    """Point the standard output at nothing: what is still buffered would fail again at exit."""
+    with suppress(OSError), Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 @contextmanager
@@ -338,21 +483,71 @@ def _progress(quiet: bool) -> Iterator["Progress"]:
 
 def main() -> None:
     """Run `dtm`; every foreseen problem is one message and an exit code."""
+    received = _watch_signals()
     try:
-        code = app(standalone_mode=False)
-    except DivergentTokensError as error:
-        code = _say(str(error), BAD_INPUT)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        code = BAD_INPUT
-    except click.ClickException as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
-        code = _say(error.format_message() + hint, BAD_INPUT)
-    except (KeyboardInterrupt, click.Abort):
-        code = _say("interrupted; nothing was left half written", INTERRUPTED)
+        code = _run()
+    except BaseException:
+        # An import that is interrupted fails in many ways: whatever came of it, it was a signal.
+        if not received:
+            raise
+        code = 0
+    if received:
+        word = "interrupted" if received[0] == signal.SIGINT else "ended by a signal"
+        code = _say(f"{word}; nothing was left half written", BY_SIGNAL + received[0])
     sys.exit(code)
 
 
+def _run() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except DivergentTokensError as error:
+        return _say(str(error), BAD_INPUT)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _print(error.format_message() + "\n")
+            return BAD_INPUT
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return _say(error.format_message() + hint, BAD_INPUT)
+    except SystemExit:  # how typer leaves when nobody reads its help
+        _drop_output()
+        return 0
+    except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            return _say(
+                "out of memory, even for one sequence at once; use fewer --new-tokens, --dtype "
+                "bfloat16, another --device or a smaller model",
+                BAD_INPUT,
+            )
+        traceback.print_exc()
+        return _say("this is a mistake in dtm itself; please report the lines above", BUG)
+
+
+def _watch_signals() -> list[int]:
+    """The signals that came, so far none; each raises KeyboardInterrupt, so that `finally` runs.
+
+    Without this a SIGTERM, or a terminal that is closed, would leave files half written.
+    """
+    received: list[int] = []
+    last = 0.0
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        received.append(number)
+        if last - before > 1:  # who strikes ctrl-c twice must not interrupt the tidying up
+            raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What the parent ignores (nohup) stays ignored.
+        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
+    return received
+
+
 def _say(message: str, code: int) -> int:
-    print(f"dtm: {message}", file=sys.stderr)
+    """One line on the error stream; what a checkpoint's files say cannot command the terminal."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    with suppress(OSError):  # nobody listens
+        print(f"dtm: {line}", file=sys.stderr, flush=True)
     return code

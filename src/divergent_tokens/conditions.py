@@ -44,19 +44,19 @@ class Comparison:
     operator: str
     bound: float
 
-    def holds(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether it is true of the METRICS of a candidate; an unmeasured metric is an error."""
+    def holds(self, metrics: Mapping[str, Any]) -> bool | None:
+        """Whether it is true of the METRICS of a candidate; None where that was not measured."""
         value = metric_value(metrics, self.metric)
-        if value is None:
-            hint = "give --text" if self.metric == "ppl" else "it is null in comparison.json"
-            raise DivergentTokensError(
-                f"the condition {self} cannot be decided: {self.metric} was not measured ({hint})"
-            )
-        return OPERATORS[self.operator](value, self.bound)
+        if value is None and self.metric == "median_fdt":
+            value = float("inf")  # more than half of the prompts outlived their completions
+        if value is None and self.metric == "near_ties" and metrics["identical"] == 1:
+            return False  # measured: there is no divergence that could be one
+        return None if value is None else OPERATORS[self.operator](value, self.bound)
 
     def __str__(self) -> str:
         """The condition as it can be typed."""
-        return f"{self.metric}{self.operator}{self.bound:g}"
+        short = f"{self.bound:g}"
+        return f"{self.metric}{self.operator}{short if float(short) == self.bound else self.bound}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,30 @@ class Condition:
     parts: tuple[Comparison, ...]
 
     def holds(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether it is true of the METRICS of a candidate."""
-        return all([part.holds(metrics) for part in self.parts])
+        """Whether it is true of the METRICS of a candidate.
+
+        One false part decides. Otherwise a part on what was not measured is an error: a build must
+        not pass because of it.
+        """
+        found = [part.holds(metrics) for part in self.parts]
+        if False in found:
+            return False
+        if None in found:
+            part = self.parts[found.index(None)]
+            hint = "give --text" if part.metric == "ppl" else "it is null in comparison.json"
+            raise DivergentTokensError(
+                f"the condition {self} cannot be decided: {part.metric} was not measured ({hint})"
+            )
+        return True
+
+    def found(self, metrics: Mapping[str, Any]) -> str:
+        """What the metrics are that it is about, for a message."""
+        names = dict.fromkeys(part.metric for part in self.parts)
+        values = {name: metric_value(metrics, name) for name in names}
+        return ", ".join(
+            f"{name} is {'beyond the completions' if value is None else f'{value:.4g}'}"
+            for name, value in values.items()
+        )
 
     def __str__(self) -> str:
         """The condition as it can be typed."""
@@ -92,18 +114,19 @@ def _parse_comparison(text: str) -> Comparison:
         )
     metric, sign, number = match.groups()
     if metric not in METRICS:
-        near = difflib.get_close_matches(metric.lower(), METRICS, n=1)
+        near = difflib.get_close_matches(metric.lower(), METRICS, n=1, cutoff=0)[0]
         raise DivergentTokensError(
-            f"there is no metric {metric!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" Known are {', '.join(METRICS)}"
+            f"there is no metric {metric!r}; did you mean {near!r}? Known are {', '.join(METRICS)}"
         )
     try:
         bound = float(number)
     except ValueError:
         bound = float("nan")
     if bound != bound:  # also when somebody types nan, which nothing compares with
-        raise DivergentTokensError(f"{number!r} in the condition {text.strip()!r} is no number")
+        raise DivergentTokensError(
+            f"{number!r} in the condition {text.strip()!r} is no number; expected one such as 40, "
+            "and a share such as 0.1 rather than 10%"
+        )
     return Comparison(metric, sign, bound)
 
 
@@ -112,4 +135,5 @@ def metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
     value = metrics[name]
     if name == "ppl" and value is not None:
         value = value["conventional"]
-    return value["value"] if isinstance(value, dict) else value
+    number: float | None = value["value"] if isinstance(value, dict) else value
+    return number

@@ -72,7 +72,7 @@ def _tensor_digest(item: tuple[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     # Through bytes, because numpy knows neither bfloat16 nor the 8-bit floats.
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(data.numpy())
+    digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

@@ -63,13 +63,22 @@ class Estimate:
 
 
 def estimate_mean(
-    values: ArrayLike, *, ceiling: ArrayLike, level: float = 0.95, seed: int = 0
+    values: ArrayLike,
+    *,
+    ceiling: ArrayLike,
+    extreme: float | None = None,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Estimate:
     """Plain mean over prompts of a number in 0..ceiling: FDT, with the completions' lengths.
 
     `ceiling` is one number, or one per prompt. The extra prompt of the low bound has the value 0:
-    completions that all stay whole still leave room for one that would not. Where lengths differ
-    the high bound may lie above their mean: other prompts could have longer completions.
+    completions that all stay whole still leave room for one that would not. That of the high bound
+    has the value `extreme`, the largest seen if there is none. For FDT that is the longest run of
+    agreement anywhere in a completion: a few prompts in a hundred that never part from the base,
+    because it repeats itself from the start, can hold half of the mean and be in no sample of
+    fifty, but such runs, later in the text, are. Where lengths differ the high bound may lie above
+    their mean: other prompts could have longer completions.
     """
     x = _numbers("values", values)
     top = np.broadcast_to(_numbers("ceiling", ceiling), x.shape)
@@ -79,7 +88,7 @@ def estimate_mean(
     return _estimate(
         x,
         np.ones_like(x),
-        extras=((0.0, 1.0), (float(x.max()), 1.0)),
+        extras=((0.0, 1.0), (max(float(x.max()), extreme or 0.0), 1.0)),
         ends=(0.0, float(top.mean())),
         level=level,
         seed=seed,

@@ -77,7 +77,13 @@ def summarize(
     sdt = ratio(d.n_divergent, "share")
     assert sdt is not None
     return Metrics(
-        fdt=estimate_mean(d.fdt, ceiling=d.n_tokens, level=level, seed=seed),
+        fdt=estimate_mean(
+            d.fdt,
+            ceiling=d.n_tokens,
+            extreme=float(d.longest_agreement.max()),
+            level=level,
+            seed=seed,
+        ),
         median_fdt=median_fdt(d.fdt, d.censored, level=level),
         sdt=sdt,
         dppl=ratio(d.nats, "perplexity"),

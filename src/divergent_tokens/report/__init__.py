@@ -1,0 +1,1 @@
+"""Records in, tables out; runs no model."""

@@ -3,27 +3,33 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from divergent_tokens.report.numbers import MISSING, estimate, number, percent, sparkline
+from divergent_tokens.report.numbers import estimate, number, percent, sparkline
 
 ROUNDING_FACTOR = 3
 """A candidate whose KL is under so many times the rounding floor cannot be told from rounding."""
+NEAR_TIE_LOGITS = 0.1
+"""As in measure/metrics.py, which this lane does not import."""
+NEAR_TIES_WORTH_A_NOTE = 0.25
 REPEATED_WARNING = 0.3
 """Above this share of repeated tokens a warning says that loops hide divergence."""
+LONGEST_NAME = 28
+"""Longer names are shortened in a terminal's tables; they may fold onto a row's second line."""
 
 _HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
-_NARROW = 6
-"""How many of the columns fit a terminal of 80 characters."""
-_WIDE = 100
+_GAP = 2
+_GROUPS = (("by_domain", "domain"), ("by_language", "language"))
+_MARKDOWN = frozenset("\\`*_[]<>|~#&$")
 
 Record = Mapping[str, Any]
 
 
 def ordered(record: Record) -> list[Record]:
-    """The candidates, best first: longest agreement, then least KL, then fewest divergent tokens."""
+    """The candidates, best first: longest agreement, then least KL, then least SDT."""
 
     def badness(candidate: Record) -> tuple[float, float, float]:
         m = candidate["metrics"]
@@ -34,33 +40,50 @@ def ordered(record: Record) -> list[Record]:
 
 
 def indistinguishable(metrics: Record, rounding: Record) -> bool:
-    """Whether a candidate lies under three times the rounding floor: by KL, by SDT where KL is null."""
+    """Whether it lies under three times the rounding floor: by KL, or by SDT where that is null."""
     name = "kl" if metrics["kl"] else "sdt"
     return bool(metrics[name]["value"] <= ROUNDING_FACTOR * rounding[name]["value"])
 
 
 def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
-    """The comparison for a terminal: the table, the breakdown, the pairs, the examples, the notes."""
+    """The comparison for a terminal: table, breakdowns, pairs, examples, notes."""
+    record = harmless(record)
     parts: list[RenderableType] = [Text(title(record) + "\n"), _main_table(record, width)]
-    for name, header in (("by_domain", "domain"), ("by_language", "language")):
-        if len(record["noise_floor"][name]) > 1:
-            parts.append(_breakdown(record, name, header))
-    if record["pairs"]:
-        parts.append(_pairs_table(record))
-    parts += [_examples(candidate) for candidate in ordered(record) if candidate["examples"]]
+    parts += [_table(*section) for section in _sections(record, (width - 24) // 14)]
+    for candidate in ordered(record):
+        if candidate["examples"]:
+            parts.append(Text(f"\nWhere {candidate['name']} parts from the base", style="bold"))
+            parts += [_example(example) for example in candidate["examples"]]
+    parts.append(Text())
     parts += [Text(f"• {note}") for note in notes(record)]
     return Group(*parts)
 
 
 def comparison_markdown(record: Record) -> str:
-    """The comparison's table and notes as Markdown, for a model card."""
-    rows = [
-        [_escaped(cell.replace("\n", " ")) for cell in cells] for cells in _cells(record)
-    ]
-    lines = [title(record), "", _markdown_row(_HEADERS), _markdown_row(["---"] * len(_HEADERS))]
-    lines += [_markdown_row(row) for row in rows]
-    lines += ["", *(f"- {note}" for note in notes(record))]
+    """The same as Markdown, for a model card."""
+    record = harmless(record)
+    cells = [[_on_one_line(cell) for cell in row] for row in _cells(record)]
+    lines = [_escaped(title(record)), "", *_markdown_table(_HEADERS, cells)]
+    for columns, rows, heading in _sections(record, len(record["candidates"])):
+        lines += ["", f"**{_escaped(heading)}**", "", *_markdown_table(columns, rows)]
+    for candidate in ordered(record):
+        if candidate["examples"]:
+            lines += ["", f"**Where {_escaped(candidate['name'])} parts from the base**"]
+        for example in candidate["examples"]:
+            # No line of the block can end it: each begins with a word of ours.
+            block = [f"{word:<11}{text}" for word, text, _ in _example_lines(example)]
+            lines += ["", _escaped(_example_heading(example)), "", "~~~text", *block, "~~~"]
+    lines += ["", *(f"- {_escaped(note)}" for note in notes(record))]
     return "\n".join(lines) + "\n"
+
+
+def harmless(value: Any) -> Any:
+    """The same with every text on one line: line breaks shown, what terminals obey taken out."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in value)
+    if isinstance(value, Mapping):
+        return {harmless(key): harmless(inner) for key, inner in value.items()}
+    return [harmless(inner) for inner in value] if isinstance(value, list) else value
 
 
 def title(record: Record) -> str:
@@ -68,8 +91,8 @@ def title(record: Record) -> str:
     base, prompts = record["base"], record["prompts"]
     start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
     return (
-        f"{base['reference']} ({base['dtype']}, {base['device']}) on {prompts['n_prompts']} prompts of {start} "
-        f"from {prompts['source']}, {prompts['new_tokens']} new tokens"
+        f"{base['reference']} ({base['dtype']}, {base['device']}) on {prompts['n_prompts']} "
+        f"prompts of {start} from {prompts['source']}, {prompts['new_tokens']} new tokens"
     )
 
 
@@ -79,56 +102,75 @@ def notes(record: Record) -> Iterator[str]:
     level = floor["fdt"]["level"]
     yield (
         f"FDT: tokens until the first divergence, at most {number(floor['mean_length'])} here. "
-        f""
-        f"SDT: share of divergent tokens. KL: nats per token. Ranges: {level:.0%} intervals over prompts."
+        "SDT: share of divergent tokens. KL: nats per token. "
+        f"Ranges: {100 * level:g}% intervals over prompts."
     )
     for candidate in ordered(record):
         if indistinguishable(candidate["metrics"], record["rounding"]):
             yield (
-                f"{candidate['name']} cannot be told from rounding: it lies under "
+                f"≈ {candidate['name']} cannot be told from rounding: it lies under "
                 f"{ROUNDING_FACTOR} times the rounding floor."
             )
         ties = candidate["metrics"]["near_ties"]
-        if ties is not None and ties >= 0.25:
-            yield f"{percent(ties)} of the first divergences of {candidate['name']} are near ties (margin under 0.1)."
+        if ties is not None and ties >= NEAR_TIES_WORTH_A_NOTE:
+            yield (
+                f"{percent(ties)} of the first divergences of {candidate['name']} are near ties "
+                f"(margin under {NEAR_TIE_LOGITS})."
+            )
     if floor["repeated"] > REPEATED_WARNING:
         yield (
-            f"{percent(floor['repeated'])} of the base's tokens lie in repeated passages. Loops hardly diverge: "
-            "SDT and KL shrink with --new-tokens, so compare only at equal length."
+            f"{percent(floor['repeated'])} of the base's tokens lie in repeated passages. Loops "
+            "hardly diverge: SDT and KL shrink with --new-tokens, so compare only at equal length."
         )
     if prompts["left_out"]:
-        yield f"{prompts['left_out']} documents did not fit (too short for the prefix) and were left out."
+        why = (
+            "longer than the positions" if prompts["prefix"] is None else "too short for the prefix"
+        )
+        yield f"{prompts['left_out']} documents did not fit ({why}) and were left out."
     names = [candidate["name"] for candidate in record["candidates"]]
     if record["base"]["reference"].startswith("demo:") and any("int4" in name for name in names):
         yield (
-            "This demo model's weights were themselves stored in 4 bits (Q4_1, groups of 32) before: "
-            "4-bit results on it are particular to it."
+            "This demo model's weights were themselves stored in 4 bits (Q4_1, groups of 32) "
+            "before: 4-bit results on it are particular to it."
         )
 
 
 def _main_table(record: Record, width: int) -> Table:
-    n_columns = len(_HEADERS) if width >= _WIDE else _NARROW
-    table = _table(_HEADERS[:n_columns])
-    for i, cells in enumerate(_cells(record)):
+    """As many of the columns as fit, from the left; two at least."""
+    rows = list(_cells(record))
+    widths = [
+        _GAP + max(cell_len(line) for row in (_HEADERS, *rows) for line in row[i].split("\n"))
+        for i in range(len(_HEADERS))
+    ]
+    widths[0] = min(widths[0], _GAP + LONGEST_NAME // 2)  # a name has two lines
+    n_columns = max(n for n in range(1, len(widths) + 1) if n <= 2 or sum(widths[:n]) <= width)
+    table = _table(_HEADERS[:n_columns], ())
+    for i, cells in enumerate(rows):
         table.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
     return table
 
 
-def _table(columns: Sequence[str], title: str | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     if title is not None:
         table.title, table.title_justify, table.title_style = Text(f"\n{title}"), "left", "bold"
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+    for i, column in enumerate(columns):
+        # Names fold, numbers do not.
+        table.add_column(Text(column), overflow="fold", no_wrap=title is None and i > 0)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def _cells(record: Record) -> Iterator[list[str]]:
     yield _row("noise floor", record["noise_floor"])
     yield _row("rounding", record["rounding"])
+    labels = _labels(record)
     for candidate in ordered(record):
         mark = " ≈" if indistinguishable(candidate["metrics"], record["rounding"]) else ""
-        yield _row(candidate["name"] + mark, candidate["metrics"])
+        yield _row(labels[candidate["name"]] + mark, candidate["metrics"])
 
 
 def _row(name: str, m: Record) -> list[str]:
@@ -144,56 +186,108 @@ def _row(name: str, m: Record) -> list[str]:
     ]
 
 
-def _breakdown(record: Record, name: str, header: str) -> Table:
-    """SDT of each candidate within each group: where a model drifts."""
-    candidates = ordered(record)
-    columns = (header, "prompts", *(candidate["name"] for candidate in candidates))
-    table = _table(columns, f"SDT by {header}")
-    for group, floor in record["noise_floor"][name].items():
-        shares = [percent(c["metrics"][name][group]["sdt"]["value"]) for c in candidates]
-        table.add_row(Text(group), str(floor["fdt"]["n_prompts"]), *shares)
-    return table
+def _labels(record: Record) -> dict[str, str]:
+    """Each candidate's name, shortened where that leaves all of them distinct."""
+    names = [candidate["name"] for candidate in record["candidates"]]
+    short = {name: _shortened(name) for name in names}
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
-def _pairs_table(record: Record) -> Table:
-    columns = ("pair", "FDT difference", "p", "p, Holm")
-    table = _table(columns, "Differences on the same prompts")
-    for pair in record["pairs"]:
-        table.add_row(
-            Text(f"{pair['a']} − {pair['b']}"),
-            " ".join(estimate(pair["fdt_difference"])).strip(),
-            number(pair["p_value"], 2),
-            number(pair["p_holm"], 2),
-        )
-    return table
+def _shortened(name: str) -> str:
+    """The end of a long path, from a folder's name on if that fits; a long word's both ends.
+
+    >>> _shortened("/home/someone/models/compressed/llama-7b-gptq/checkpoint-100")
+    '…/llama-7b-gptq/checkpoint-100'
+    """
+    if len(name) <= LONGEST_NAME + 2:
+        return name
+    parts = name.rstrip("/").split("/")
+    for i in range(1, len(parts)):
+        end = "/".join(parts[i:])
+        if len(end) <= LONGEST_NAME:
+            return f"…/{end}"
+    half = LONGEST_NAME // 2
+    return f"{parts[-1][:half]}…{parts[-1][-half:]}"
 
 
-def _examples(candidate: Record) -> RenderableType:
-    parts = [Text(f"\nWhere {candidate['name']} parts from the base", style="bold")]
-    for example in candidate["examples"]:
-        kind = "a near tie" if example["margin"] < 0.1 else "a real change of mind"
-        parts.append(
-            Text(
-                f"prompt {example['prompt']}, after {example['fdt']} tokens; the base's margin there is "
-                f"{number(example['margin'])} logits: {kind}",
-                style="italic",
-            )
-        )
-        parts.append(Text.assemble(("prompt     ", "dim"), _one_line(example["prompt_text"][-200:])))
-        parts.append(Text.assemble(("both       ", "dim"), _one_line(example["shared_text"][-200:])))
-        parts.append(Text.assemble(("base       ", "dim"), (_one_line(example["base_text"][:300]), "green")))
-        parts.append(Text.assemble(("candidate  ", "dim"), (_one_line(example["candidate_text"][:300]), "red")))
+_Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Column names, rows of cells, and a heading."""
+
+
+def _sections(record: Record, n_beside: int) -> Iterator[_Section]:
+    """The breakdowns, with so many candidates beside each other, and the pairs."""
+    candidates, labels = ordered(record), _labels(record)
+    for name, header in _GROUPS:
+        if len(record["noise_floor"][name]) > 1:
+            step = max(1, n_beside)
+            for i in range(0, len(candidates), step):
+                yield _breakdown(record, candidates[i : i + step], name, header, labels)
+    if record["pairs"]:
+        rows = [
+            [
+                f"{labels[pair['a']]} − {labels[pair['b']]}",
+                "  ".join(estimate(pair["fdt_difference"])).strip(),
+                number(pair["p_value"], 2),
+                number(pair["p_holm"], 2),
+            ]
+            for pair in record["pairs"]
+        ]
+        yield ("pair", "FDT difference", "p", "p, Holm"), rows, "Differences on the same prompts"
+
+
+def _breakdown(
+    record: Record, candidates: Sequence[Record], name: str, header: str, labels: Mapping[str, str]
+) -> _Section:
+    """SDT of candidates within each group: where a model drifts."""
+    columns = (header, "prompts", *(labels[candidate["name"]] for candidate in candidates))
+    rows = [
+        [
+            group,
+            str(floor["fdt"]["n_prompts"]),
+            *(percent(c["metrics"][name][group]["sdt"]["value"]) for c in candidates),
+        ]
+        for group, floor in record["noise_floor"][name].items()
+    ]
+    return columns, rows, f"SDT by {header}"
+
+
+def _example(example: Record) -> RenderableType:
+    parts = [Text(_example_heading(example), style="italic")]
+    parts += [
+        Text.assemble((f"{word:<11}", "dim"), (text, style))
+        for word, text, style in _example_lines(example)
+    ]
     return Group(*parts)
 
 
-def _one_line(text: str) -> str:
-    """Text on one line, its line breaks shown, control characters (which terminals obey) taken out."""
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in text)
+def _example_heading(example: Record) -> str:
+    kind = "a near tie" if example["margin"] < NEAR_TIE_LOGITS else "a real change of mind"
+    return (
+        f"prompt {example['prompt']}, after {example['fdt']} tokens; the base's margin there is "
+        f"{number(example['margin'])} logits: {kind}"
+    )
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _example_lines(example: Record) -> Iterator[tuple[str, str, str]]:
+    """A word, the text, and its style: the end of what is shared, the start of what is not."""
+    yield "prompt", example["prompt_text"][-200:], ""
+    yield "both", example["shared_text"][-200:], ""
+    yield "base", example["base_text"][:300], "green"
+    yield "candidate", example["candidate_text"][:300], "red"
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|") or MISSING
+def _on_one_line(cell: str) -> str:
+    value, _, interval = cell.partition("\n")
+    return f"{value} ({interval})" if interval else value
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [
+        "| " + " | ".join(cell if cell == "---" else _escaped(cell) for cell in line) + " |"
+        for line in lines
+    ]
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in text)
