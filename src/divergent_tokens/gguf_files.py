@@ -6,9 +6,6 @@ import mmap
 import os
 import shutil
 import struct
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +16,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from divergent_tokens.errors import ModelError
+from divergent_tokens.store import replacing_folder
 
 DEMO = "demo:smollm2"
 MAGIC = b"GGUF"
 # Raised when what `dense_copy` keeps changes; older copies are then made anew.
 _CACHE_FORMAT = "gguf-dense-1"
-_DAY_SECONDS = 86400.0
 _FLOAT32_BYTES = 4
 
 
@@ -99,20 +96,6 @@ def read_header(path: Path) -> GgufHeader:
         return _parsed(_Cursor(data))
 
 
-def default_cache() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME, or what the system has for it."""
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        parent = Path(local) if local else Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        parent = Path.home() / "Library" / "Caches"
-    else:
-        named = os.environ.get("XDG_CACHE_HOME", "")
-        # The specification has relative paths ignored.
-        parent = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
-    return parent / "divergent-tokens"
-
-
 def dense_copy(
     digest: str, cache: Path, write: Callable[[Path], None], header: Callable[[], GgufHeader]
 ) -> Path:
@@ -129,17 +112,11 @@ def dense_copy(
     head = header()
     needed_bytes = head.n_parameters * _FLOAT32_BYTES
     with _clear_write_errors(cache, needed_bytes):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder.parent)
-        if shutil.disk_usage(folder.parent).free < needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        unfinished = Path(tempfile.mkdtemp(suffix=".part", prefix=digest[:16], dir=folder.parent))
-        try:
+        with replacing_folder(folder) as unfinished:
+            if shutil.disk_usage(unfinished).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write(unfinished)
             _drop_foreign_tokens(unfinished, head.n_tokens)
-            _rename(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -160,21 +137,6 @@ def _drop_foreign_tokens(folder: Path, n_tokens: int) -> None:
     settings = {key: value for key, value in settings.items() if value not in names}
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     settings_file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-
-
-def _rename(unfinished: Path, folder: Path) -> None:
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same content
-            raise
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove what killed processes left more than a day ago."""
-    for folder in parent.glob("*.part"):
-        if time.time() - folder.stat().st_mtime > _DAY_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from divergent_tokens.network_checks import (
     refuse_unknown,
 )
 from divergent_tokens.quiet import loading, one_line, quietly
+from divergent_tokens.store import default_cache
 from divergent_tokens.vocabularies import first_difference
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,7 +149,7 @@ def load_model(
     fingerprint = file_digest(path)
     folder = gguf_files.dense_copy(
         fingerprint,
-        cache or gguf_files.default_cache(),
+        cache or default_cache(),
         write=partial(_write_dense, path, reference),
         header=partial(gguf_files.check_gguf, path, reference),
     )

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,14 +20,22 @@ from numpy.typing import DTypeLike, NDArray
 
 from divergent_tokens.errors import RecordError
 
+_UNFINISHED = ".unfinished"
+_DAY_SECONDS = 24 * 60 * 60
+
 
 def default_cache() -> Path:
-    """The folder for what can be computed again: XDG's on Linux, the system's own elsewhere."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "divergent-tokens"
+    """The folder for what can be made again: $XDG_CACHE_HOME, or what the system has for it."""
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "divergent-tokens" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "divergent-tokens"
+        local = os.environ.get("LOCALAPPDATA")
+        parent = Path(local) if local else Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        parent = Path.home() / "Library" / "Caches"
+    else:
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        # The specification has relative paths ignored.
+        parent = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
+    return parent / "divergent-tokens"
 
 
 def content_key(**fields: Any) -> str:
@@ -88,7 +97,7 @@ class EntryWriter:
 @contextmanager
 def writing_entry(cache: Path, key: str) -> Iterator[EntryWriter]:
     """Write an entry that appears whole, or not at all when anything goes wrong on the way."""
-    with replacing_folder(cache / key) as folder:
+    with clear_disk_errors(cache / key), replacing_folder(cache / key) as folder:
         writer = EntryWriter(folder)
         yield writer
         writer.finish()
@@ -96,26 +105,38 @@ def writing_entry(cache: Path, key: str) -> Iterator[EntryWriter]:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target` that takes its name at the end; gone if the body fails."""
-    with clear_disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder, old = _private_name(target), _private_name(target)
-        folder.mkdir()
-        try:
-            yield folder
-            while True:
-                try:
-                    folder.rename(target)
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                # Damaged, or another process was quicker: ours is as good.
-                with suppress(FileNotFoundError):  # a third process moved it away
-                    target.rename(old)
-                shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    """A fresh folder beside `target` that takes its name at the end; gone if the body fails.
+
+    What the system says about the disk is raised as it is. Of two processes that write the same
+    the later one wins.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent)
+    folder, old = _private_name(target), _private_name(target)
+    folder.mkdir()
+    try:
+        yield folder
+        while True:
+            try:
+                folder.rename(target)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            # Damaged, or another process was quicker: ours is as good.
+            with suppress(FileNotFoundError):  # a third process moved it away
+                target.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove the folders that killed processes left unfinished more than a day ago."""
+    for folder in parent.glob(f".*{_UNFINISHED}"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > _DAY_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -136,7 +157,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 def _private_name(target: Path) -> Path:
     """A name beside the target that nobody else has; what is made there obeys the umask."""
-    return target.with_name(f".{target.name[:16]}-{secrets.token_hex(6)}")
+    return target.with_name(f".{target.name[:16]}-{secrets.token_hex(6)}{_UNFINISHED}")
 
 
 def write_text(target: Path, text: str) -> None:
