@@ -18,9 +18,10 @@ from divergent_tokens.measure.batches import first_batch_size
 from divergent_tokens.measure.comparison import divergence_of
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.head import find_head
-from divergent_tokens.measure.intervals import Estimate, estimate_mean, estimate_ratio
+from divergent_tokens.measure.intervals import Estimate, estimate_ratio
 from divergent_tokens.measure.scores import score
 from divergent_tokens.measure.states import base_states
+from divergent_tokens.measure.summaries import estimate_fdt
 from divergent_tokens.store import default_cache
 
 COLUMNS = ("fdt", "n_divergent", "n_tokens", "nats", "kl", "acceptance", "longest_agreement")
@@ -63,9 +64,7 @@ def main() -> None:
 
 
 ESTIMATORS: dict[str, Callable[[Rows, int], Estimate]] = {
-    "fdt": lambda r, seed: estimate_mean(
-        r["fdt"], ceiling=r["n_tokens"], extreme=r["longest_agreement"].max(), seed=seed
-    ),
+    "fdt": lambda r, seed: estimate_fdt(r["fdt"], r["n_tokens"], r["longest_agreement"], seed=seed),
     "sdt": lambda r, seed: estimate_ratio(r["n_divergent"], r["n_tokens"], unit="share", seed=seed),
     "dppl": lambda r, seed: estimate_ratio(r["nats"], r["n_tokens"], unit="perplexity", seed=seed),
     "kl": lambda r, seed: estimate_ratio(r["kl"], r["n_tokens"], unit="nats", seed=seed),
@@ -130,8 +129,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--schemes",
         type=lambda text: dict(part.split("=") for part in text.split(",")),
-        default={"mild": "int8", "middle": "int5", "strong": "int4:g64"},
-        help="mild=int8,middle=int5,...",
+        default={"mild": "int8", "middle": "int6", "strong": "int4:g64"},
+        help="mild=int8,middle=int6,...",
     )
     parser.add_argument("--n-prompts", type=int, default=1024)
     parser.add_argument("--prefix", type=int, default=64)

@@ -495,12 +495,13 @@ def main() -> None:
         code = 0
     if _received:  # whatever a library made of the interrupt
         code = _say(_stopped_by(_received[0]), BY_SIGNAL + _received[0])
+    _on_signals(signal.SIG_IGN)  # all is done, and the interpreter's end is no place to die
     sys.exit(code)
 
 
 def _run() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        return app(standalone_mode=False, prog_name="dtm") or 0
     except DivergentTokensError as error:
         return _say(str(error), BAD_INPUT)
     except _UsageError as error:
@@ -527,7 +528,7 @@ _received: list[int] = []
 """The signals that came since `main` began."""
 
 
-def _on_signals(handler: Callable[[int, object], None]) -> None:
+def _on_signals(handler: Callable[[int, object], None] | signal.Handlers) -> None:
     """Have interrupts, SIGTERM and the terminal's end handled, but for what the parent ignores."""
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals
         return

@@ -28,10 +28,10 @@ Unit = Literal["share", "nats", "perplexity"]
 N_DRAWS = 1999
 EXTRA_PROMPT = 0.75
 """How much of a prompt the extra one counts, chosen by coverage at level 0.95 over four strengths
-of made-up schemes, 50 and 200 prompts, FDT, SDT, DPPL and KL (docs/log.md): with ¾ between 91 and
-97 %; with ½ down to 90 %, with 1 up to 98 %. The percentile bootstrap goes down to 88 %, BCa to
-89 %; the studentized bootstrap lies between 92 and 99 %, but runs out of its range and finds no
-standard error where one prompt in fifty diverges."""
+of made-up schemes, 50 and 200 prompts: with ¾ between 91 and 97 %; with ½ down to 90 %, with 1 up
+to 98 %. The percentile bootstrap goes down to 88 %, BCa to 89 %; the studentized bootstrap lies
+between 92 and 99 %, but runs out of its range and finds no standard error where one prompt in
+fifty diverges. On real prompts: benchmarks/coverage.py, and docs/log.md for all methods."""
 ROUNDING = 1e-6
 """Relative: values that differ by less are alike, as acceptances of 1 in float32 are."""
 _BLOCK = 1 << 20  # random numbers held at once
@@ -74,11 +74,8 @@ def estimate_mean(
 
     `ceiling` is one number, or one per prompt. The extra prompt of the low bound has the value 0:
     completions that all stay whole still leave room for one that would not. That of the high bound
-    has the value `extreme`, the largest seen if there is none. For FDT that is the longest run of
-    agreement anywhere in a completion: a few prompts in a hundred that never part from the base,
-    because it repeats itself from the start, can hold half of the mean and be in no sample of
-    fifty, but such runs, later in the text, are. Where lengths differ the high bound may lie above
-    their mean: other prompts could have longer completions.
+    has the value `extreme`, or the largest seen if that is more. Where lengths differ the high
+    bound may lie above their mean: other prompts could have longer completions.
     """
     x = _numbers("values", values)
     top = np.broadcast_to(_numbers("ceiling", ceiling), x.shape)

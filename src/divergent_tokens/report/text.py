@@ -48,8 +48,10 @@ def indistinguishable(metrics: Record, rounding: Record) -> bool:
 def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
     """The comparison for a terminal: table, breakdowns, pairs, examples, notes."""
     record = harmless(record)
-    parts: list[RenderableType] = [Text(title(record) + "\n"), _main_table(record, width)]
-    parts += [_table(*section) for section in _sections(record, (width - 24) // 14)]
+    labels = _labels(record)
+    parts: list[RenderableType] = [Text(title(record) + "\n")]
+    parts.append(_main_table(list(_cells(record, labels)), width))
+    parts += [_table(*section) for section in _sections(record, labels, (width - 24) // 14)]
     for candidate in ordered(record):
         if candidate["examples"]:
             parts.append(Text(f"\nWhere {candidate['name']} parts from the base", style="bold"))
@@ -62,9 +64,10 @@ def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
 def comparison_markdown(record: Record) -> str:
     """The same as Markdown, for a model card."""
     record = harmless(record)
-    cells = [[_on_one_line(cell) for cell in row] for row in _cells(record)]
+    names = {candidate["name"]: candidate["name"] for candidate in record["candidates"]}
+    cells = [[_on_one_line(cell) for cell in row] for row in _cells(record, names)]
     lines = [_escaped(title(record)), "", *_markdown_table(_HEADERS, cells)]
-    for columns, rows, heading in _sections(record, len(record["candidates"])):
+    for columns, rows, heading in _sections(record, names, len(names)):
         lines += ["", f"**{_escaped(heading)}**", "", *_markdown_table(columns, rows)]
     for candidate in ordered(record):
         if candidate["examples"]:
@@ -135,9 +138,8 @@ def notes(record: Record) -> Iterator[str]:
         )
 
 
-def _main_table(record: Record, width: int) -> Table:
+def _main_table(rows: Sequence[Sequence[str]], width: int) -> Table:
     """As many of the columns as fit, from the left; two at least."""
-    rows = list(_cells(record))
     widths = [
         _GAP + max(cell_len(line) for row in (_HEADERS, *rows) for line in row[i].split("\n"))
         for i in range(len(_HEADERS))
@@ -164,10 +166,9 @@ def _table(
     return table
 
 
-def _cells(record: Record) -> Iterator[list[str]]:
+def _cells(record: Record, labels: Mapping[str, str]) -> Iterator[list[str]]:
     yield _row("noise floor", record["noise_floor"])
     yield _row("rounding", record["rounding"])
-    labels = _labels(record)
     for candidate in ordered(record):
         mark = " ≈" if indistinguishable(candidate["metrics"], record["rounding"]) else ""
         yield _row(labels[candidate["name"]] + mark, candidate["metrics"])
@@ -214,9 +215,9 @@ _Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
 """Column names, rows of cells, and a heading."""
 
 
-def _sections(record: Record, n_beside: int) -> Iterator[_Section]:
+def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[_Section]:
     """The breakdowns, with so many candidates beside each other, and the pairs."""
-    candidates, labels = ordered(record), _labels(record)
+    candidates = ordered(record)
     for name, header in _GROUPS:
         if len(record["noise_floor"][name]) > 1:
             step = max(1, n_beside)
