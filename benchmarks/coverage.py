@@ -30,7 +30,8 @@ Rows = dict[str, np.ndarray[Any, Any]]
 
 def main() -> None:
     arguments = parse()
-    rows = json.loads(arguments.rows.read_text()) if arguments.rows else measure(arguments)
+    kept = json.loads(arguments.rows.read_text()) if arguments.rows else measure(arguments)
+    settings, rows = kept["settings"], kept["rows"]
     results = []
     for strength, columns in rows.items():
         population = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
@@ -54,8 +55,7 @@ def main() -> None:
     result = {
         "trials": arguments.trials,
         "prompts": sizes,
-        "schemes": arguments.schemes,
-        "source": arguments.prompts,
+        "rows": settings,
         "results": results,
     }
     print(
@@ -74,7 +74,7 @@ ESTIMATORS: dict[str, Callable[[Rows, int], Estimate]] = {
 def coverage(
     population: Rows, estimate: Callable[[Rows, int], Estimate], *, n: int, trials: int, seed: int
 ) -> tuple[float, float]:
-    """Share of samples whose interval holds the population's value, and the intervals' mean width."""
+    """Share of samples whose interval holds the population's value; the intervals' mean width."""
     truth = estimate(population, 0).value
     assert truth is not None
     rng = np.random.default_rng(seed)
@@ -89,7 +89,7 @@ def coverage(
     return held / trials, float(np.mean(widths))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each scheme's sums and counts, prompt by prompt, on the base's completions."""
     base = load_model(arguments.base, cache=arguments.cache)
     prompts = read_prompts(
@@ -113,9 +113,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         found = divergence_of(scores, completions)
         columns = {name: getattr(found, name) for name in COLUMNS}
         rows[strength] = {name: values.tolist() for name, values in columns.items()}
+    settings = {
+        "base": arguments.base,
+        "source": arguments.prompts,
+        "prefix": arguments.prefix,
+        "new_tokens": arguments.new_tokens,
+        "schemes": arguments.schemes,
+        "measured_on": machine(),
+    }
+    kept = {"settings": settings, "rows": rows}
     if arguments.write_rows:
-        arguments.write_rows.write_text(json.dumps(rows))
-    return rows
+        arguments.write_rows.write_text(json.dumps(kept))
+    return kept
 
 
 def told(stage: str, done: int, total: int, unit: str) -> None:

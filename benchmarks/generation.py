@@ -1,4 +1,4 @@
-"""Which cache is the faster for the base's completions: the dynamic one, or the static and compiled one?"""
+"""Which cache is the faster for completions: the dynamic one, or the static, compiled one?"""
 
 import argparse
 import time

@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path

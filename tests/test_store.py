@@ -3,8 +3,8 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np

@@ -1,9 +1,13 @@
 """Candidates by name: schemes laid over the base for a while, checkpoints loaded for a while."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+
+import torch
 
 from divergent_tokens import gguf_files, model_files
 from divergent_tokens.compress.apply import lent_plan
@@ -14,7 +18,33 @@ from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.models import Model, load_model
 from divergent_tokens.network_checks import refuse_unknown
 
-Candidates = dict[str, AbstractContextManager[Model]]
+
+class Candidate:
+    """A model for a while, as often as it is asked for: `with candidate as model: ...`."""
+
+    def __init__(self, lend: Callable[[], AbstractContextManager[Model]]) -> None:
+        """Call `lend` each time the candidate is entered."""
+        self._lend = lend
+        self._open: list[AbstractContextManager[Model]] = []
+
+    def __enter__(self) -> Model:
+        """The model, until the block ends."""
+        opened = self._lend()
+        model = opened.__enter__()
+        self._open.append(opened)
+        return model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give it back."""
+        self._open.pop().__exit__(kind, error, trace)
+
+
+Candidates = dict[str, Candidate]
 
 
 def scheme_candidates(
@@ -31,18 +61,20 @@ def scheme_candidates(
     plans = {str(scheme): uniform_plan(components, scheme) for scheme in parsed}
     for plan in plans.values():
         check_plan(plan, components)
-    return {name: lent_plan(base, plan) for name, plan in plans.items()}
+    return {name: Candidate(partial(lent_plan, base, plan)) for name, plan in plans.items()}
 
 
 def model_candidates(
     *references: str,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     cache: Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Candidates:
     """Checkpoints, each loaded when it is its turn and let go of before the next.
+
+    Give the dtype and device that the base runs in: rounding in another would be counted as harm.
 
     Raises ModelError at once for what is not there, is not whole, or asks for what is not allowed,
     as far as that can be seen without loading it.
@@ -63,7 +95,7 @@ def model_candidates(
         )
         gc.collect()  # networks hold cycles; the next one needs the room
 
-    return {reference: loaded(reference) for reference in references}
+    return {reference: Candidate(partial(loaded, reference)) for reference in references}
 
 
 def joined(*groups: Candidates) -> Candidates:

@@ -223,11 +223,14 @@ def compare(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
     }
-    models = model_candidates(*(candidates or ()), **loading)
+    model_candidates(*(candidates or ()), **loading)
     with _progress(quiet) as progress:
         progress(f"loading {base}", 0, 1, "")
         model = load_model(base, **loading)
         progress(f"loading {base}", 1, 1, "")
+        # In the base's dtype and on its device: other rounding would be counted as harm.
+        loading |= {"dtype": model.dtype, "device": model.device}
+        models = model_candidates(*(candidates or ()), **loading)
         schemes: Candidates = {}
         if scheme:
             schemes = scheme_candidates(

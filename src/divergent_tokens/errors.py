@@ -1,4 +1,4 @@
-"""What can go wrong, told to people: every message says what was found, what was expected, and what to do."""
+"""What can go wrong: each message says what was found, what was expected, and what to do."""
 
 
 class DivergentTokensError(Exception):

@@ -111,12 +111,11 @@ def dense_copy(
         return folder
     head = header()
     needed_bytes = head.n_parameters * _FLOAT32_BYTES
-    with _clear_write_errors(cache, needed_bytes):
-        with replacing_folder(folder) as unfinished:
-            if shutil.disk_usage(unfinished).free < needed_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(unfinished)
-            _drop_foreign_tokens(unfinished, head.n_tokens)
+    with _clear_write_errors(cache, needed_bytes), replacing_folder(folder) as unfinished:
+        if shutil.disk_usage(unfinished).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(unfinished)
+        _drop_foreign_tokens(unfinished, head.n_tokens)
     return folder
 
 

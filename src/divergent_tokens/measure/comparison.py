@@ -296,6 +296,7 @@ class _Run:
             head,
             self.text,
             context=self.completions.prompts.prefix or 64,
+            tokenizer=self.base.tokenizer,
             batch_size=self.states.batch_size,
             name=f"{name}, text",
             progress=self.progress,

@@ -18,7 +18,6 @@ from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.models import Model
 from divergent_tokens.store import content_key, read_entry, writing_entry
 
-
 STATIC_CACHE_STEPS = 4000
 """Decoding steps of one shape from which a static cache pays for its compilation."""
 
@@ -158,7 +157,7 @@ def _generate_all(
 
 
 def compiling_pays(model: Model, n_steps: int) -> bool:
-    """Whether a static cache, whose steps transformers compiles on a GPU, is the faster for so many.
+    """Whether a static cache, whose steps are compiled on a GPU, is the faster for so many.
 
     On an H100 compiling SmolLM2 took 42 s and saved 18 ms a step (benchmarks/generation.py). On a
     CPU nothing is compiled, and the static cache attends to positions that are still empty.

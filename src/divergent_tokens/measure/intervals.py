@@ -82,6 +82,10 @@ def estimate_mean(
     _check(level, "values", x, top)
     if len(x) == 0:
         return Estimate(None, None, None, level, 0, "none", seed)
+    if len(x) > 1 and np.array_equal(x, top):  # also where the ceilings differ
+        mean = float(x.mean())
+        low = mean * (1 - _unseen_share(len(x), level))
+        return Estimate(mean, low, mean, level, len(x), "exact binomial", seed)
     return _estimate(
         x,
         np.ones_like(x),

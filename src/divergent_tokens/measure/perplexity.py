@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from divergent_tokens.errors import ModelError, PromptError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size, run_batches
@@ -70,17 +71,21 @@ def perplexity(
     window: int = WINDOW,
     context: int = 64,
     batch_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     name: str = "perplexity",
     progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity over non-overlapping windows of the text; what is left at its end is not read.
 
     Conventional: every token of a window but its first. Context-aware: only the tokens after the
-    first `context` of each window. No special token is put at a window's start.
+    first `context` of each window. No special token is put at a window's start. The tokens are the
+    model's own, or those of the `tokenizer` given (a comparison gives the base's, so that all
+    candidates read the same).
     Raises PromptError for a text shorter than one window.
     """
     window = min(window, model.max_positions or window)
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    encode = tokenizer or model.tokenizer
+    ids: list[int] = encode(text, add_special_tokens=False, verbose=False)["input_ids"]
     n_windows = len(ids) // window
     if n_windows == 0:
         raise PromptError(

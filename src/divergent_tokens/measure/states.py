@@ -55,7 +55,7 @@ def base_states(
         kind="states/1",
         model=model.fingerprint,
         dtype=str(model.dtype),
-        device=str(model.device.type),
+        device=device_name(model.device),
         attention=getattr(model.network.config, "_attn_implementation", None),
         batch_size=batch_size.value,
         versions=[torch.__version__, transformers.__version__],
@@ -86,10 +86,19 @@ def base_states(
     return States(array, offsets, batch_size.value)
 
 
+def device_name(device: torch.device) -> str:
+    """Which processor computes: another one rounds differently."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def by_length(completions: Completions) -> list[int]:
-    """The prompts in the order in which they run: the shortest sequence first."""
+    """The prompts in the order in which they run.
+
+    The longest sequence comes first, so that memory runs out on the first batch if at all, and base
+    and candidates run in the same shapes throughout.
+    """
     lengths = [len(sequence) for sequence in completions.sequences()]
-    return sorted(range(len(lengths)), key=lengths.__getitem__)
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 def hidden_batches(

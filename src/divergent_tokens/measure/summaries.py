@@ -18,7 +18,6 @@ from divergent_tokens.measure.intervals import (
 )
 from divergent_tokens.measure.metrics import Divergence
 
-
 LONG_AGREEMENT = 0.9
 """Which quantile of the prompts' longest agreements the FDT of an unseen prompt may have."""
 

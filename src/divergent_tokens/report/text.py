@@ -147,6 +147,7 @@ def _main_table(rows: Sequence[Sequence[str]], width: int) -> Table:
     widths[0] = min(widths[0], _GAP + LONGEST_NAME // 2)  # a name has two lines
     n_columns = max(n for n in range(1, len(widths) + 1) if n <= 2 or sum(widths[:n]) <= width)
     table = _table(_HEADERS[:n_columns], ())
+    table.columns[0].max_width = max(widths[0] - _GAP, width - sum(widths[1:n_columns]) - _GAP)
     for i, cells in enumerate(rows):
         table.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
     return table
