@@ -474,15 +474,15 @@ def _drop_output() -> None:
 @contextmanager
 def _progress(quiet: bool) -> Iterator["Progress"]:
     """A bar on the terminal's error stream, one line a stage; nothing where nobody watches."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    # Not by rich's own judgement: it takes FORCE_COLOR, common in builds, for somebody watching.
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         from divergent_tokens.measure.progress import silent
 
         yield silent
         return
     from divergent_tokens.report.bars import Bars
 
-    with Bars(console) as bars:
+    with Bars(Console(stderr=True)) as bars:
         yield bars
 
 
@@ -517,6 +517,8 @@ def _run() -> int:
         _drop_output()
         return 0
     except Exception as error:
+        if _received or isinstance(error, typer.Abort):  # what typer or a library made of it
+            return BY_SIGNAL + signal.SIGINT
         if isinstance(error, MemoryError) or "out of memory" in str(error):
             return _say(
                 "out of memory, even for one sequence at once; use fewer --new-tokens, --dtype "

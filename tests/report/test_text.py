@@ -161,7 +161,7 @@ def test_notes_say_what_a_reader_must_know():
     assert "95% intervals" in text
     assert "50.0% of the first divergences of int4:g64 are near ties (margin under 0.1)" in text
     assert "42.0% of the base's tokens lie in repeated passages" in text
-    assert "3 documents did not fit (too short for the prefix)" in text
+    assert "not fitting: 3 of the documents read (too short for the prefix)" in text
     assert "stored in 4 bits" in text
     assert "longer than the positions" in " ".join(notes(made | record(left_out=1, prefix=None)))
     made["noise_floor"]["fdt"]["level"] = 0.999

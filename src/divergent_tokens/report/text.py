@@ -129,7 +129,7 @@ def notes(record: Record) -> Iterator[str]:
         why = (
             "longer than the positions" if prompts["prefix"] is None else "too short for the prefix"
         )
-        yield f"{prompts['left_out']} documents did not fit ({why}) and were left out."
+        yield f"Left out as not fitting: {prompts['left_out']} of the documents read ({why})."
     names = [candidate["name"] for candidate in record["candidates"]]
     if record["base"]["reference"].startswith("demo:") and any("int4" in name for name in names):
         yield (
@@ -159,9 +159,8 @@ def _table(
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     if title is not None:
         table.title, table.title_justify, table.title_style = Text(f"\n{title}"), "left", "bold"
-    for i, column in enumerate(columns):
-        # Names fold, numbers do not.
-        table.add_column(Text(column), overflow="fold", no_wrap=title is None and i > 0)
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
