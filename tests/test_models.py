@@ -448,6 +448,12 @@ def test_the_demo_model_knows_the_capital_of_france_twice(tmp_path: Path) -> Non
 # References that are not there
 
 
+@pytest.mark.parametrize("reference", ["", " "])
+def test_an_empty_reference_is_refused(reference: str) -> None:
+    with pytest.raises(ModelError, match="the reference of a model is empty; expected the folder"):
+        load_model(reference)
+
+
 def test_a_missing_folder_suggests_names_that_are_close(checkpoint: Path) -> None:
     with pytest.raises(ModelError, match=rf"does not exist.*did you mean {checkpoint}\?"):
         load_model(checkpoint.parent / "lama")

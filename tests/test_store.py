@@ -242,6 +242,10 @@ def test_replacing_folder_replaces_a_folder_with_other_files(tmp_path):
     assert names(tmp_path) == ["target"]
 
 
+def test_a_stream_is_writable_where_its_folder_is_not():
+    check_writable(Path("/dev/null"))
+
+
 def test_check_writable_says_what_is_wrong_before_the_work(tmp_path):
     check_writable(tmp_path / "out.json")
     with pytest.raises(RecordError, match="is a folder"):

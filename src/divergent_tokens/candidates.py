@@ -85,6 +85,7 @@ def model_candidates(
 
     @contextmanager
     def loaded(reference: str) -> Iterator[Model]:
+        gc.collect()  # networks hold cycles, and the last one's room is needed
         yield load_model(
             reference,
             dtype=dtype,
@@ -93,7 +94,6 @@ def model_candidates(
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        gc.collect()  # networks hold cycles; the next one needs the room
 
     return {reference: Candidate(partial(loaded, reference)) for reference in references}
 

@@ -33,6 +33,11 @@ def find_model(reference: str) -> Path:
 
     Raises ModelError when there is none, with close names if the parent folder has any.
     """
+    if not reference.strip():
+        raise ModelError(
+            "the reference of a model is empty; expected the folder of a checkpoint, a .gguf "
+            f"file, a hub id or {DEMO}"
+        )
     path = Path(reference).expanduser()
     if path.is_dir():
         return path

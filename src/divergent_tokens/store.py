@@ -170,6 +170,10 @@ def check_writable(target: Path) -> None:
     """Raise RecordError at once where `target` could not be written after an hour's work."""
     if target.is_dir():
         raise RecordError(f"{target} is a folder; name the file to write")
+    if target.exists() and not target.is_file():  # written through, see replacing_file
+        if not os.access(target, os.W_OK):
+            raise RecordError(f"{target} cannot be written to; name another")
+        return
     if not target.parent.is_dir():
         raise RecordError(f"the folder {target.parent} does not exist; make it first")
     if not os.access(target.parent, os.W_OK):

@@ -160,6 +160,8 @@ def test_a_file_that_is_not_there(tmp_path, name):
 
 
 def test_datasets_that_cannot_be_read(tmp_path):
+    with pytest.raises(PromptError, match="'hf:' names no dataset"):
+        read("hf:")
     with pytest.raises(PromptError, match=r"dataset hf:.*absent cannot be read"):
         read(f"hf:{tmp_path / 'absent'}")
     json_lines(tmp_path / "train.jsonl", {"text": "a"})

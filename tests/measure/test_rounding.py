@@ -4,8 +4,7 @@ from torch import nn
 
 import runs
 import tiny
-from divergent_tokens.errors import ModelError
-from divergent_tokens.measure.rounding import first_layer, lent_rounding
+from divergent_tokens.measure.rounding import lent_rounding
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -64,19 +63,16 @@ def test_the_flips_depend_on_the_seed():
     assert not torch.equal(found[0], found[2])
 
 
-def test_the_first_layer_is_that_of_the_decoder_and_not_an_expert():
-    network = runs.changed(runs.model(), lambda network: None).network
-    layer = network.model.layers[0]
-    layer.mlp.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
-    network.model.vision = nn.ModuleList(nn.Linear(2, 2) for _ in range(30))
-    assert first_layer(network) is layer
-
-
-def test_a_network_without_a_list_of_layers_is_refused():
-    network = runs.changed(runs.model(), lambda network: None).network
-    network.config.num_hidden_layers = 7
-    with pytest.raises(ModelError, match="keeps its 7 layers in no list"):
-        first_layer(network)
+def test_without_a_float_matrix_its_other_floats_are_flipped():
+    model = runs.changed(runs.model(), lambda network: None)
+    layer = model.network.model.layers[0]
+    for parameter in layer.parameters():
+        if parameter.ndim == 2:  # as a packed checkpoint holds them
+            parameter.requires_grad_(False).data = parameter.data.to(torch.int8)
+    before = bits_of(model.network)
+    with lent_rounding(model):
+        flipped = bits_of(model.network)
+    assert any(not torch.equal(bits, flipped[name]) for name, bits in before.items())
 
 
 def test_packed_integers_are_left_alone():

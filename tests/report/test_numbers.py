@@ -111,7 +111,7 @@ def test_estimates():
     assert shown(52.31, 48.2, 57.9) == ("52.3", "48–58")
     assert shown(0.0202, 0.0134, 0.031, as_percent=True) == ("2.02%", "1.3–3.1%")
     assert shown(-3.0, -5.5, 1.25) == ("-3.00", "-5.5 to 1.2")
-    assert shown(0.0, 0.0, None) == ("0", "0–?")
+    assert shown(0.0, 0.0, None) == ("0", "")
     assert shown(4.0, None, 9.0) == ("4.00", "?–9.0")
     assert shown(4.0, None, None) == ("4.00", "")
     assert shown(None, 24.0, None) == (MISSING, "")

@@ -153,6 +153,18 @@ def test_missing_values_are_dashes():
     assert line.split(" | ")[3] == "–"
 
 
+def test_perplexity_is_shown_where_it_was_measured():
+    made = record(candidate("int8"), candidate("engine"))
+    ppl = {"conventional": estimate(20.0, 18.0, 22.5), "context_aware": estimate(15.0, 14.0, 16.5)}
+    for m in (made["noise_floor"], made["candidates"][0]["metrics"]):
+        m["ppl"] = ppl
+    for text in (shown(made), comparison_markdown(made)):
+        assert "Perplexity of the text" in text
+        assert "20.0  18–22" in text
+        assert "15.0  14–16" in text
+    assert "Perplexity" not in shown(record(candidate("int8")))
+
+
 def test_notes_say_what_a_reader_must_know():
     made = record(candidate("int4:g64", near_ties=0.5), reference="demo:smollm2", left_out=3)
     made["noise_floor"]["repeated"] = 0.42
@@ -188,7 +200,7 @@ def test_examples_say_whether_it_was_a_near_tie():
     assert "Where int8 parts from the base" in text
     joined = " ".join(text.split())
     assert "after 7 tokens; the base's margin there is 0.0500 logits: a near tie" in joined
-    assert "2.00 logits: a real change of mind" in joined
+    assert "2.00 logits: no near tie" in joined
     assert "two⏎lines" in text
 
 

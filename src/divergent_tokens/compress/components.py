@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from divergent_tokens.compress.experts import ExpertSlice, expert_slices, is_expert_stack
 from divergent_tokens.errors import ModelError
+from divergent_tokens.layers import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Unreadable:
 
 
 def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
-    prefix, layers = _decoder_layers(network)
+    prefix, layers = decoder_layers(network)
     modules = dict(layers.named_modules(prefix=prefix))
     routers = tuple(name for name in modules if _routes(name, modules))
     seen: set[tuple[int, int | None, tuple[int, int, int] | None]] = set()
@@ -149,26 +149,6 @@ def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
                     continue
                 seen.add(place)
             yield weight
-
-
-def _decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the decoder's layers, with its name in the network.
-
-    It is the outermost list with the most weights: names differ (`layers`, `h`, `blocks`), and
-    some decoders keep small lists of other things beside it.
-    """
-    in_decoder = set(cast(Any, network).get_decoder().modules())
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in network.named_modules():
-        nested = name.startswith(tuple(f"{outer}." for outer in lists))
-        if isinstance(module, nn.ModuleList) and module in in_decoder and not nested:
-            lists[name] = module
-    if not lists:
-        raise ModelError(
-            f"{type(network).__name__} has no list of decoder layers; expected a decoder-only "
-            "language model"
-        )
-    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _routes(name: str, modules: dict[str, nn.Module]) -> bool:

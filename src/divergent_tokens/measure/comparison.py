@@ -164,12 +164,7 @@ def compare(
     floor = run.summary(divergence_of(own, completions), run.perplexity("base", base, head))
     with lent_rounding(base, seed=seed) as rounded:
         rounding = run.measure("rounding", rounded).metrics
-    results = []
-    for name, candidate in candidates.items():
-        with candidate as model:
-            check_same_vocabulary(base, model)
-            check_positions(model, prompts, completions.ids.shape[1])
-            results.append(run.measure(name, model))
+    results = [run.candidate(name, candidate) for name, candidate in candidates.items()]
     results += [run.engine(name, engine) for name, engine in engines.items()]
     return Comparison(
         base=base,
@@ -206,6 +201,19 @@ class _Run:
     level: float
     seed: int
     progress: Progress
+
+    def candidate(self, name: str, candidate: AbstractContextManager[Model]) -> CandidateResult:
+        """Its own frame, so that no name holds one candidate while the next is loaded."""
+        with candidate as model:
+            check_same_vocabulary(self.base, model)
+            if model.device != self.base.device:
+                raise ModelError(
+                    f"candidate {name} is on {model.device} and the base on {self.base.device}; "
+                    "load both on one device"
+                )
+            longest = self.completions.ids.shape[1]
+            check_positions(model, self.completions.prompts, longest)
+            return self.measure(name, model)
 
     def measure(self, name: str, model: Model) -> CandidateResult:
         shared = model.network is self.base.network

@@ -35,6 +35,8 @@ def read_documents(source: str, *, text_field: str = "text") -> Iterator[Documen
     if source == "builtin":
         return _builtin()
     if source.startswith("hf:"):
+        if not source.removeprefix("hf:").partition(":")[0]:
+            raise PromptError(f"{source!r} names no dataset; expected hf:DATASET[:CONFIG[:SPLIT]]")
         return _not_empty(_dataset(source.removeprefix("hf:"), text_field), source)
     path = Path(source)
     readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}

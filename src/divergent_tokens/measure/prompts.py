@@ -91,6 +91,7 @@ def read_prompts(
         model=model.fingerprint,
         dtype=str(model.dtype),
         device=model.device.type,
+        template=model.tokenizer.chat_template,
         settings=[n_prompts, prefix, skip, chat, seed],
     )
     limit = model.max_positions

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from divergent_tokens.errors import ModelError
+from divergent_tokens.layers import decoder_layers
 from divergent_tokens.models import Model
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,8 +24,9 @@ def lent_rounding(model: Model, *, seed: int = 0) -> Iterator[Model]:
     The flips are drawn by a CPU generator from the seed. Every bit comes back afterwards.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = first_layer(model.network).parameters()
-    matrices = [p for p in parameters if p.ndim >= 2 and p.is_floating_point()]
+    floats = [p for p in decoder_layers(model.network)[1][0].parameters() if p.is_floating_point()]
+    # A packed checkpoint has matrices of integers; what it keeps in floats must do.
+    matrices = [p for p in floats if p.ndim >= 2] or floats
     lent: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for parameter in matrices:
@@ -36,25 +36,6 @@ def lent_rounding(model: Model, *, seed: int = 0) -> Iterator[Model]:
     finally:
         for parameter, data in lent:
             parameter.data = data
-
-
-def first_layer(network: PreTrainedModel) -> nn.Module:
-    """The first decoder layer: that of the outermost list with as many modules as the config says.
-
-    A layer may hold a longer list of its own (experts), and the model another one (vision).
-    """
-    outer: dict[str, nn.ModuleList] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{o}.") for o in outer):
-            outer[name] = module
-    n_layers = network.config.get_text_config(decoder=True).num_hidden_layers
-    fitting = [layers for layers in outer.values() if len(layers) == n_layers]
-    if not fitting:
-        raise ModelError(
-            f"{type(network).__name__} keeps its {n_layers} layers in no list of modules; "
-            "expected one, to find the first layer"
-        )
-    return fitting[0][0]
 
 
 def _with_lowest_bits_flipped(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -58,7 +58,8 @@ def estimate(value: Mapping[str, Any] | None, *, as_percent: bool = False) -> tu
         return MISSING, ""
     form = percent if as_percent else number
     low, high = value["low"], value["high"]
-    if low is None and high is None:
+    # A zero with nothing known above it: "0–?" would say no more.
+    if high is None and low in (None, value["value"]):
         return form(value["value"]), ""
     for digits in (2, 3, 4):
         below, above = (UNKNOWN if bound is None else form(bound, digits) for bound in (low, high))

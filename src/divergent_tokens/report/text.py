@@ -216,8 +216,14 @@ _Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
 
 
 def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[_Section]:
-    """The breakdowns, with so many candidates beside each other, and the pairs."""
+    """Perplexities, breakdowns with so many candidates beside each other, and pairs."""
     candidates = ordered(record)
+    if record["noise_floor"]["ppl"]:
+        named = [("base", record["noise_floor"])]
+        named += [(labels[c["name"]], c["metrics"]) for c in candidates if c["metrics"]["ppl"]]
+        ways = ("conventional", "context_aware")
+        rows = [[name, *("  ".join(estimate(m["ppl"][way])) for way in ways)] for name, m in named]
+        yield ("", "conventional", "context-aware"), rows, "Perplexity of the text"
     for name, header in _GROUPS:
         if len(record["noise_floor"][name]) > 1:
             step = max(1, n_beside)
@@ -262,7 +268,7 @@ def _example(example: Record) -> RenderableType:
 
 
 def _example_heading(example: Record) -> str:
-    kind = "a near tie" if example["margin"] < NEAR_TIE_LOGITS else "a real change of mind"
+    kind = "a near tie" if example["margin"] < NEAR_TIE_LOGITS else "no near tie"
     return (
         f"prompt {example['prompt']}, after {example['fdt']} tokens; the base's margin there is "
         f"{number(example['margin'])} logits: {kind}"

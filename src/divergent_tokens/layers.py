@@ -1,0 +1,29 @@
+"""The decoder layers of a network, whatever its architecture calls them."""
+
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from divergent_tokens.errors import ModelError
+
+
+def decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the decoder's layers, with its name in the network.
+
+    It is the outermost list with the most weights: names differ (`layers`, `h`, `blocks`), and
+    some decoders keep small lists of other things beside it. A layer may hold longer lists of its
+    own (experts), and the model another one (vision).
+    """
+    in_decoder = set(cast(Any, network).get_decoder().modules())
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in network.named_modules():
+        nested = name.startswith(tuple(f"{outer}." for outer in lists))
+        if isinstance(module, nn.ModuleList) and module in in_decoder and not nested:
+            lists[name] = module
+    if not lists:
+        raise ModelError(
+            f"{type(network).__name__} has no list of decoder layers; expected a decoder-only "
+            "language model"
+        )
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
