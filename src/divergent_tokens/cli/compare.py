@@ -1,0 +1,261 @@
+"""`dtm compare`: a base and its candidates in one table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from divergent_tokens.cli.options import (
+    AllowPickle,
+    Base,
+    BatchSize,
+    Cache,
+    Chat,
+    Device,
+    Dtype,
+    Format,
+    IgnoreEos,
+    NewTokens,
+    NPrompts,
+    Prefix,
+    Prompts,
+    Quiet,
+    Seed,
+    SkipPrompts,
+    TextField,
+    TrustRemoteCode,
+)
+from divergent_tokens.cli.output import (
+    FAILED,
+    as_json,
+    check_out,
+    print_out,
+    progress_bar,
+    say,
+    write_json,
+)
+from divergent_tokens.cli.signals import on_signals, tidy_up
+from divergent_tokens.conditions import Condition, parse_condition
+from divergent_tokens.errors import DivergentTokensError
+
+if TYPE_CHECKING:
+    from divergent_tokens.candidates import Candidates
+
+
+def compare(
+    base: Base,
+    candidates: Annotated[
+        list[str] | None, typer.Argument(help="Models to compare with it.", show_default=False)
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare with the base under a scheme: int8, int8:tensor, int4:g64, "
+            "int4:g64:asym, magnitude:0.5."
+        ),
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Compare with another engine's scores of `dtm complete`'s file.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write comparison.json here.")] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Exit with 1 if it is true of any candidate: 'fdt<40 and sdt>0.1'.",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Measure perplexity on this text too.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Print so many of each candidate's earliest divergences.")
+    ] = 0,
+    format: Annotated[
+        Format, typer.Option("--format", help="How the result is printed.")
+    ] = Format.text,
+    level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Schemes touch only components that match (glob, or re:...)."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Schemes leave out components that match (glob, or re:...)."),
+    ] = None,
+    prompts: Prompts = "builtin",
+    n_prompts: NPrompts = 128,
+    skip_prompts: SkipPrompts = 0,
+    prefix: Prefix = 64,
+    new_tokens: NewTokens = 128,
+    chat: Chat = False,
+    ignore_eos: IgnoreEos = False,
+    text_field: TextField = "text",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    cache: Cache = None,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure how far candidates have moved from a base, token by token."""
+    conditions = [parse_condition(condition) for condition in fail_if or ()]
+    if not 0 < level < 1:
+        raise DivergentTokensError(
+            f"--level is {level}; expected a share between 0 and 1, such as 0.95"
+        )
+    if not (candidates or scheme or scores):
+        raise DivergentTokensError(
+            f"there is no candidate to compare {base} with; name a model, or give --scheme int8, "
+            "or --scores NAME=FILE"
+        )
+    if (include or exclude) and not scheme:
+        raise DivergentTokensError(
+            "--include and --exclude choose what a scheme touches, and no --scheme is given; give "
+            "one, or leave them out"
+        )
+    files = _scores_files(scores or [])
+    _check_decidable(conditions, has_text=text is not None, engines=list(files))
+    if out:
+        check_out(out, *files.values(), text, prompts)
+
+    from divergent_tokens.candidates import (
+        check_names,
+        joined,
+        model_candidates,
+        scheme_candidates,
+    )
+    from divergent_tokens.compress.schemes import parse_scheme
+    from divergent_tokens.measure import comparison
+    from divergent_tokens.measure.perplexity import read_text
+    from divergent_tokens.measure.prompts import read_prompts
+    from divergent_tokens.models import load_model
+    from divergent_tokens.store import default_cache
+
+    on_signals(tidy_up)
+    # Whatever is wrong with the candidates is said before any work is done on the base.
+    check_names(*(candidates or ()), *map(str, map(parse_scheme, scheme or ())), *files)
+    given_text = read_text(text) if text else None
+    cache = cache or default_cache()
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "cache": cache,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }
+    model_candidates(*(candidates or ()), **loading)
+    with progress_bar(quiet) as progress:
+        progress(f"loading {base}", 0, 1, "")
+        model = load_model(base, **loading)
+        progress(f"loading {base}", 1, 1, "")
+        # In the base's dtype and on its device: other rounding would be counted as harm.
+        loading |= {"dtype": model.dtype, "device": model.device}
+        models = model_candidates(*(candidates or ()), **loading)
+        schemes: Candidates = {}
+        if scheme:
+            schemes = scheme_candidates(
+                model, *scheme, include=include or (), exclude=exclude or ()
+            )
+        result = comparison.compare(
+            model,
+            joined(models, schemes),
+            read_prompts(
+                prompts,
+                model,
+                n_prompts=n_prompts,
+                prefix=prefix,
+                skip=skip_prompts,
+                chat=chat,
+                text_field=text_field,
+                seed=seed,
+                cache=cache,
+                progress=progress,
+            ),
+            scores=files,
+            new_tokens=new_tokens,
+            ignore_eos=ignore_eos,
+            text=given_text,
+            n_examples=examples,
+            level=level,
+            seed=seed,
+            batch_size=batch_size,
+            cache=cache,
+            progress=progress,
+            command=["dtm", *sys.argv[1:]],
+        )
+    record = result.to_json()
+    if out:
+        write_json(out, record)
+    _print_comparison(record, format)
+    _fail_where_true(conditions, record)
+
+
+def _scores_files(values: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for value in values:
+        name, sign, file = value.partition("=")
+        if not (name and sign and file):
+            raise DivergentTokensError(
+                f"--scores {value!r}; expected NAME=FILE, as in vllm=scores.jsonl"
+            )
+        if name in files:
+            raise DivergentTokensError(
+                f"--scores names {name!r} twice; give each engine its own name"
+            )
+        files[name] = Path(file)
+        if not files[name].is_file():
+            raise DivergentTokensError(f"the scores file {file} does not exist; check the path")
+    return files
+
+
+def _check_decidable(
+    conditions: Sequence[Condition], *, has_text: bool, engines: Sequence[str]
+) -> None:
+    """Raise at once for a condition on what will not be measured, not after an hour's work."""
+    metrics = {part.metric: condition for condition in conditions for part in condition.parts}
+    if "ppl" in metrics and not has_text:
+        raise DivergentTokensError(
+            f"the condition {metrics['ppl']} cannot be decided: ppl is measured on a text; give "
+            "one with --text"
+        )
+    for metric in ("ppl", "kl", "kl_p99", "acceptance"):
+        if metric in metrics and engines:
+            raise DivergentTokensError(
+                f"the condition {metrics[metric]} cannot be decided for {engines[0]}: a scores "
+                f"file does not hold {metric}; leave it out, or compare models only"
+            )
+
+
+def _print_comparison(record: dict[str, Any], format: Format) -> None:
+    from divergent_tokens.report.text import comparison_markdown, comparison_text
+
+    if format is Format.json:
+        print_out(as_json(record) + "\n")
+    elif format is Format.markdown:
+        print_out(comparison_markdown(record))
+    else:
+        console = Console()
+        with console.capture() as captured:
+            console.print(comparison_text(record, width=console.width))
+        print_out(captured.get())
+
+
+def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:
+    failed = [
+        f"{candidate['name']}: {condition} ({condition.found(candidate['metrics'])})"
+        for candidate in record["candidates"]
+        for condition in conditions
+        if condition.holds(candidate["metrics"])
+    ]
+    if failed:
+        raise typer.Exit(say("failed: " + "; ".join(failed), FAILED))

@@ -1,0 +1,80 @@
+"""Options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """How the result is printed."""
+
+    text = "text"
+    markdown = "markdown"
+    json = "json"
+
+
+Base = Annotated[
+    str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.", show_default=False)
+]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        metavar="SOURCE",
+        help="builtin, self (drawn from the base), a .txt, .jsonl or .parquet file, or "
+        "hf:DATASET[:CONFIG[:SPLIT]].",
+    ),
+]
+NPrompts = Annotated[int, typer.Option("--n-prompts", min=1, help="How many prompts.")]
+SkipPrompts = Annotated[
+    int, typer.Option("--skip-prompts", min=0, help="Leave out the first so many that would fit.")
+]
+Prefix = Annotated[int, typer.Option("--prefix", min=1, help="Tokens of each prompt.")]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=1, help="Most tokens of each completion.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Each document is a user's turn in the chat template.")
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end of sequence.")]
+TextField = Annotated[
+    str, typer.Option("--text-field", help="The field of a row that holds its text.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Sequences at once; found by trying if left out."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16, float16. auto: float32 on a CPU, the checkpoint's own "
+        "elsewhere.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=2**32 - 1,
+        help="For resampling, drawn prompts and the rounding floor.",
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="Where completions and dequantized models are kept."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load pickled weights (they are a risk).")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint (a risk)."),
+]

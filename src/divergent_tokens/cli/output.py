@@ -1,0 +1,91 @@
+"""What a command prints and writes, and its exit codes."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from divergent_tokens.errors import DivergentTokensError
+
+if TYPE_CHECKING:
+    from divergent_tokens.measure.progress import Progress
+
+FAILED, BAD_INPUT, BUG = 1, 2, 3
+BY_SIGNAL = 128
+"""Ended by a signal: this plus its number, so that an interrupt is 130."""
+
+
+def check_out(out: Path, *inputs: Path | str | None) -> None:
+    """Raise where `out` could not be written, or would replace what is read."""
+    from divergent_tokens.store import check_writable
+
+    check_writable(out)
+    for file in inputs:
+        if file and out.is_file() and Path(file).exists() and out.samefile(file):
+            raise DivergentTokensError(
+                f"--out {out} would replace {file}, which is read; name another file"
+            )
+
+
+def write_json(target: Path, record: dict[str, Any]) -> None:
+    """Replace the file, at once or not at all."""
+    from divergent_tokens.store import write_text
+
+    write_text(target, as_json(record) + "\n")
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """JSON in ASCII: any terminal shows it, obeys nothing in it, and any file name fits into it."""
+    return json.dumps(record, allow_nan=False)
+
+
+def print_out(text: str) -> None:
+    """Write to the standard output; a reader that has gone (`| head`) changes nothing else."""
+    if sys.stdout is None:  # closed by the shell
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:
+        drop_output()
+        raise DivergentTokensError(
+            f"could not write to the standard output: {error.strerror}; free some room, or send "
+            "it elsewhere"
+        ) from error
+
+
+def drop_output() -> None:
+    """Point the standard output at nothing: what is still buffered would fail again at exit."""
+    with suppress(OSError), Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator["Progress"]:
+    """A bar on the terminal's error stream, one line a stage; nothing where nobody watches."""
+    # Not by rich's own judgement: it takes FORCE_COLOR, common in builds, for somebody watching.
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        from divergent_tokens.measure.progress import silent
+
+        yield silent
+        return
+    from divergent_tokens.report.bars import Bars
+
+    with Bars(Console(stderr=True)) as bars:
+        yield bars
+
+
+def say(message: str, code: int) -> int:
+    """One line on the error stream; what a checkpoint's files say cannot command the terminal."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    with suppress(OSError):  # nobody listens
+        print(f"dtm: {line}", file=sys.stderr, flush=True)
+    return code
