@@ -139,7 +139,7 @@ def test_only_models_imports_the_loaders_of_transformers():
 
 
 def test_metrics_and_intervals_need_numpy_and_scipy_only():
-    for module in ("measure.metrics", "measure.intervals"):
+    for module in ("measure.metrics", "measure.intervals", "measure.flips"):
         outside = {top(name) for name in imports(FILES[module])} - set(sys.stdlib_module_names)
         assert outside - {PACKAGE} <= {"numpy", "scipy"}, module
 

@@ -1,0 +1,301 @@
+"""The flip law: what FDT, SDT and survival follow from the base's margins and a KL.
+
+A token flips when noise on the gap between the base's two best logits exceeds its margin m. With
+Gaussian noise of standard deviation σ, each token on its own, P(flip) = Φ(−m/σ); and σ = a √KL,
+since a KL is half the variance that a change gives the logits. The constant a belongs to the base:
+it is read off candidates whose KL, SDT and FDT were measured, once by what SDT asks for and once by
+what FDT does, since flips that come together leave the mean SDT alone and change the first one.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri
+
+from divergent_tokens.measure.intervals import Estimate
+
+Floats = NDArray[np.float64]
+
+KL_LIMIT = 0.3
+"""Nats per token. Above, KLs of single components were seen to add up to half of the joint one."""
+METHOD = "flip law"
+_SIGMA_RANGE = (1e-6, 1e6)
+_PRIOR_READINGS = 2.0
+"""So many readings the spread that other bases showed counts for, beside those of this base."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """σ / √KL, in logits, for one of the two metrics."""
+
+    value: float
+    spread: float
+    """Standard deviation of its logarithm from one candidate to the next."""
+    n_measured: int
+    """How many candidates it was read off; 0 where it was taken over from other bases."""
+
+
+@dataclass(frozen=True)
+class FlipLaw:
+    """The two constants of a base."""
+
+    sdt: Constant
+    fdt: Constant
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sdt": dict(vars(self.sdt)), "fdt": dict(vars(self.fdt))}
+
+
+UNFITTED = FlipLaw(Constant(2.4, 0.3, 0), Constant(2.4, 0.4, 0))
+"""For a base of which nothing was measured: 2.1 to 2.5 on SmolLM2, 1.6 to 2 on another family."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The constants that one measured candidate asks for; None where it says nothing about one."""
+
+    sdt: float | None
+    fdt: float | None
+    n_flips: float
+    """Divergent tokens that `sdt` rests on."""
+    n_first: float
+    """Prompts that diverged, which `fdt` rests on."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What noise of one σ does to a set of prompts."""
+
+    sdt: float
+    fdt: float
+    """Tokens."""
+    survival: Floats
+    """Share of prompts with FDT > t. [t]"""
+    sdt_variance: float
+    """Of one prompt's flips around the pooled share, over the mean length squared: from prompt to
+    prompt, and by chance within one."""
+    sdt_variance_between: float
+    """The part from prompt to prompt."""
+    fdt_variance: float
+    """Of one prompt's FDT: from prompt to prompt, and by chance within one."""
+    fdt_variance_between: float
+    """The part from prompt to prompt."""
+    n_first: float
+    """Prompts that diverge."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a measurement on other prompts may show; None, with a reason, where nothing is known."""
+
+    sdt: Estimate | None
+    fdt: Estimate | None
+    survival: tuple[tuple[int, float, float, float], ...]
+    """Rows of t, S(t), low, high; one for every t."""
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "sdt": None if self.sdt is None else self.sdt.to_json(),
+            "fdt": None if self.fdt is None else self.fdt.to_json(),
+            "survival": [list(row) for row in self.survival],
+            "reason": self.reason,
+        }
+
+
+# --- the law ---
+
+
+def expected(margins: Sequence[ArrayLike], sigma: float) -> Expected:
+    """SDT, FDT and survival under noise of standard deviation `sigma` on the gap, in logits.
+
+    `margins` holds one array [token] a prompt. One prompt with margins 0 and 1 under σ = 1:
+    P = 0.5 and 0.16, SDT = 0.33, S = 0.5 and 0.42, FDT = 0.92. Without noise a token flips where
+    its margin is negative, and every other time where it is 0.
+    """
+    return _expected(*_padded(margins), sigma)
+
+
+def _padded(margins: Sequence[ArrayLike]) -> tuple[Floats, NDArray[np.bool_]]:
+    """Margins and which of them there are, both [prompt, token]."""
+    rows = [np.asarray(row, dtype=np.float64) for row in margins]
+    if not any(len(row) for row in rows):
+        raise ValueError("there are no margins; expected one for every token of the completions")
+    lengths = np.array([len(row) for row in rows])
+    there = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(there.shape, np.inf)  # never flips
+    padded[there] = np.concatenate(rows)
+    return padded, there
+
+
+def _expected(margins: Floats, there: NDArray[np.bool_], sigma: float) -> Expected:
+    flips = _flips(margins, sigma)  # [prompt, token]
+    lengths = there.sum(1)
+    n_tokens = int(lengths.sum())
+    alive = np.asarray(np.cumprod(1 - flips, axis=1), np.float64)  # each prompt's S(t)
+    steps = np.arange(alive.shape[1])
+    fdt = np.where(there, alive, 0).sum(1)  # [prompt]
+    # E[FDT²] = Σ (2t + 1) P(FDT > t)
+    squared = np.where(there, (2 * steps + 1) * alive, 0).sum(1)
+    n_flips = flips.sum(1)
+    sdt = float(n_flips.sum() / n_tokens)
+    sdt_between = _variance(n_flips - sdt * lengths, mean=0.0)
+    sdt_within = float((flips * (1 - flips)).sum(1).mean())
+    mean_length_squared = float(lengths.mean()) ** 2
+    fdt_between = _variance(fdt, mean=float(fdt.mean()))
+    return Expected(
+        sdt=sdt,
+        fdt=float(fdt.mean()),
+        survival=_survival(flips, alive, there),
+        sdt_variance=(sdt_between + sdt_within) / mean_length_squared,
+        sdt_variance_between=sdt_between / mean_length_squared,
+        fdt_variance=fdt_between + float((squared - fdt**2).mean()),
+        fdt_variance_between=fdt_between,
+        n_first=float((1 - alive[:, -1]).sum()),
+    )
+
+
+def _flips(margins: Floats, sigma: float) -> Floats:
+    if sigma == 0:
+        return np.where(margins > 0, 0.0, np.where(margins < 0, 1.0, 0.5))
+    return np.asarray(ndtr(-margins / sigma))
+
+
+def _survival(flips: Floats, alive: Floats, there: NDArray[np.bool_]) -> Floats:
+    """What Kaplan and Meier's estimate expects where completions have different lengths. [t]"""
+    before = np.concatenate([np.ones((len(alive), 1)), alive[:, :-1]], axis=1)
+    seen = np.where(there, before, 0).sum(0)
+    diverged = np.where(there, before * flips, 0).sum(0)
+    shares = 1 - np.divide(diverged, seen, out=np.ones_like(seen), where=seen > 0)
+    return np.asarray(np.cumprod(shares))
+
+
+def _variance(values: Floats, *, mean: float) -> float:
+    return float(((values - mean) ** 2).sum() / max(1, len(values) - 1))
+
+
+# --- its constants ---
+
+
+def reading(margins: Sequence[ArrayLike], *, kl: float, sdt: float, fdt: float) -> Reading:
+    """The constants that a candidate measured on these prompts asks for.
+
+    `kl` in nats per token. None where the SDT or FDT is one that no noise gives: nothing diverged,
+    or fewer tokens than have a negative margin, or nearly all.
+    """
+    if kl <= 0:
+        return Reading(None, None, 0.0, 0.0)
+    padded, there = _padded(margins)
+
+    def expect(sigma: float) -> Expected:
+        return _expected(padded, there, sigma)
+
+    by_sdt = _solved(lambda sigma: expect(sigma).sdt - sdt)
+    by_fdt = _solved(lambda sigma: fdt - expect(sigma).fdt)
+    return Reading(
+        sdt=None if by_sdt is None else by_sdt / math.sqrt(kl),
+        fdt=None if by_fdt is None else by_fdt / math.sqrt(kl),
+        n_flips=sdt * int(there.sum()),
+        n_first=0.0 if by_fdt is None else expect(by_fdt).n_first,
+    )
+
+
+def _solved(excess: Callable[[float], float]) -> float | None:
+    """The σ where a function that rises from below to above zero is zero, if there is one."""
+    low, high = (math.log(end) for end in _SIGMA_RANGE)
+    if not excess(math.exp(low)) < 0 < excess(math.exp(high)):
+        return None
+    return math.exp(brentq(lambda log: excess(math.exp(log)), low, high, xtol=1e-6))
+
+
+def fit(readings: Iterable[Reading]) -> FlipLaw:
+    """The constants of a base from its measured candidates; those of other bases without any.
+
+    Each reading counts by the divergences that it rests on: one with three flips says little.
+    """
+    found = list(readings)
+    return FlipLaw(
+        sdt=_constant([(r.sdt, r.n_flips) for r in found], UNFITTED.sdt),
+        fdt=_constant([(r.fdt, r.n_first) for r in found], UNFITTED.fdt),
+    )
+
+
+def _constant(found: Sequence[tuple[float | None, float]], before: Constant) -> Constant:
+    known = [(math.log(value), weight) for value, weight in found if value and weight > 0]
+    if not known:
+        return before
+    logs, weights = np.array(known).T
+    mean = float(np.average(logs, weights=weights))
+    n_like = float(weights.sum() ** 2 / (weights**2).sum())  # equally weighted readings
+    seen = n_like * float(np.average((logs - mean) ** 2, weights=weights))
+    variance = (_PRIOR_READINGS * before.spread**2 + seen) / (_PRIOR_READINGS + n_like - 1)
+    return Constant(math.exp(mean), math.sqrt(variance), len(known))
+
+
+# --- predictions ---
+
+
+def predict(
+    margins: Sequence[ArrayLike],
+    kl: float,
+    law: FlipLaw = UNFITTED,
+    *,
+    kl_se: float = 0.0,
+    n_prompts: int | None = None,
+    level: float = 0.95,
+) -> Prediction:
+    """What a measurement on `n_prompts` other prompts may show (default: as many as these).
+
+    The intervals hold the constant's spread, the KL's standard error, and the luck of both sets of
+    prompts. Above a KL of 0.3 there is no number, but the reason.
+    """
+    if kl > KL_LIMIT:
+        return Prediction(None, None, (), f"the KL is above {KL_LIMIT}: sums fall short there")
+    padded, there = _padded(margins)
+    n_own = int(there.any(1).sum())
+    n_new = n_prompts or n_own
+    z = float(ndtri((1 + level) / 2))
+    error = kl_se / kl / 2 if kl > 0 else 0.0  # of log √KL
+
+    def side(constant: Constant, sign: int) -> Expected:
+        spread = math.hypot(constant.spread, error)
+        sigma = constant.value * math.sqrt(kl) * math.exp(sign * z * spread)
+        return _expected(padded, there, sigma)
+
+    few, sdt, many = (side(law.sdt, sign) for sign in (-1, 0, 1))
+    long, fdt, short = (side(law.fdt, sign) for sign in (-1, 0, 1))
+    sdt_luck = z * math.sqrt(sdt.sdt_variance / n_new + sdt.sdt_variance_between / n_own)
+    fdt_luck = z * math.sqrt(fdt.fdt_variance / n_new + fdt.fdt_variance_between / n_own)
+    share = fdt.survival  # [t]
+    luck = z * np.sqrt(share * (1 - share) * (1 / n_new + 1 / n_own))
+    low = _beyond(share, share - short.survival, luck, -1)
+    high = _beyond(share, long.survival - share, luck, 1)
+
+    def estimate(value: float, low: float, high: float, luck: float, top: float) -> Estimate:
+        below, above = math.hypot(value - low, luck), math.hypot(high - value, luck)
+        bounds = max(0.0, value - below), min(top, value + above)
+        return Estimate(value, *bounds, level, n_new, METHOD)
+
+    return Prediction(
+        sdt=estimate(sdt.sdt, few.sdt, many.sdt, sdt_luck, 1.0),
+        fdt=estimate(fdt.fdt, short.fdt, long.fdt, fdt_luck, float(there.sum(1).mean())),
+        survival=tuple(
+            (t, float(share[t]), float(low[t]), float(high[t])) for t in range(len(share))
+        ),
+    )
+
+
+def _beyond(value: Floats, step: Floats, luck: Floats, sign: int) -> Floats:
+    """A curve's bound: the constant's and the luck's part in quadrature, kept within 0..1. [t]"""
+    return np.asarray(np.clip(value + sign * np.hypot(np.maximum(step, 0), luck), 0, 1))
