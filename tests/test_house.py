@@ -23,6 +23,7 @@ FLOORS = [
     {"fingerprints", "layers", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"candidates", "conditions"},
+    {"search"},
     {"report"},
     {"cli", "__init__"},
 ]

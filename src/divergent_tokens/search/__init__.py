@@ -1,0 +1,1 @@
+"""Sensitivities and a budget in, a plan out."""
