@@ -8,13 +8,12 @@ what FDT does, since flips that come together leave the mean SDT alone and chang
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from divergent_tokens.measure.intervals import Estimate
@@ -24,7 +23,9 @@ Floats = NDArray[np.float64]
 KL_LIMIT = 0.3
 """Nats per token. Above, KLs of single components were seen to add up to half of the joint one."""
 METHOD = "flip law"
-_SIGMA_RANGE = (1e-6, 1e6)
+_SIGMA_RANGE = (1e-4, 1e3)
+"""Logits. Below, nothing flips that was no tie; above, every other token does."""
+_N_SIGMAS = 300
 _PRIOR_READINGS = 2.0
 """So many readings the spread that other bases showed counts for, beside those of this base."""
 
@@ -188,46 +189,56 @@ def _variance(values: Floats, *, mean: float) -> float:
 # --- its constants ---
 
 
-def reading(margins: Sequence[ArrayLike], *, kl: float, sdt: float, fdt: float) -> Reading:
-    """The constants that a candidate measured on these prompts asks for.
+def readings(
+    margins: Sequence[ArrayLike], measured: Sequence[tuple[float, float, float]]
+) -> tuple[Reading, ...]:
+    """The constants that candidates ask for, each measured on these prompts as KL, SDT, FDT.
 
-    `kl` in nats per token. None where the SDT or FDT is one that no noise gives: nothing diverged,
-    or fewer tokens than have a negative margin, or nearly all.
+    KL in nats per token. A constant is None where the SDT or FDT is one that no noise gives:
+    nothing diverged, or fewer tokens than have a negative margin, or nearly all. The law is
+    inverted through a table of 300 values of σ, to a few parts in ten thousand.
     """
-    if kl <= 0:
-        return Reading(None, None, 0.0, 0.0)
     padded, there = _padded(margins)
+    sigmas = np.geomspace(*_SIGMA_RANGE, _N_SIGMAS)
+    table = [_expected(padded, there, float(sigma)) for sigma in sigmas]
+    by_sdt = np.array([row.sdt for row in table])
+    by_fdt = np.array([row.fdt for row in table])
+    n_first = np.array([row.n_first for row in table])
+    n_tokens = int(there.sum())
 
-    def expect(sigma: float) -> Expected:
-        return _expected(padded, there, sigma)
+    def read(kl: float, sdt: float, fdt: float) -> Reading:
+        from_sdt = _crossing(sigmas, by_sdt, sdt)
+        from_fdt = _crossing(sigmas, -by_fdt, -fdt)
+        root = math.sqrt(kl) if kl > 0 else math.inf
+        return Reading(
+            sdt=None if from_sdt is None or kl <= 0 else from_sdt / root,
+            fdt=None if from_fdt is None or kl <= 0 else from_fdt / root,
+            n_flips=sdt * n_tokens,
+            n_first=0.0 if from_fdt is None else float(np.interp(from_fdt, sigmas, n_first)),
+        )
 
-    by_sdt = _solved(lambda sigma: expect(sigma).sdt - sdt)
-    by_fdt = _solved(lambda sigma: fdt - expect(sigma).fdt)
-    return Reading(
-        sdt=None if by_sdt is None else by_sdt / math.sqrt(kl),
-        fdt=None if by_fdt is None else by_fdt / math.sqrt(kl),
-        n_flips=sdt * int(there.sum()),
-        n_first=0.0 if by_fdt is None else expect(by_fdt).n_first,
-    )
+    return tuple(read(*one) for one in measured)
 
 
-def _solved(excess: Callable[[float], float]) -> float | None:
-    """The σ where a function that rises from below to above zero is zero, if there is one."""
-    low, high = (math.log(end) for end in _SIGMA_RANGE)
-    if not excess(math.exp(low)) < 0 < excess(math.exp(high)):
+def _crossing(sigmas: Floats, rising: Floats, value: float) -> float | None:
+    """The σ at which a rising curve has a value, between two entries of the table; or None."""
+    rising = np.maximum.accumulate(rising)  # negative margins let it dip where σ is small
+    at = int(np.searchsorted(rising, value, side="right"))
+    if at == 0 or at == len(rising) or value <= rising[0]:
         return None
-    return math.exp(brentq(lambda log: excess(math.exp(log)), low, high, xtol=1e-6))
+    share = (value - rising[at - 1]) / (rising[at] - rising[at - 1])
+    return float(sigmas[at - 1] ** (1 - share) * sigmas[at] ** share)
 
 
-def fit(readings: Iterable[Reading]) -> FlipLaw:
+def fit(found: Iterable[Reading]) -> FlipLaw:
     """The constants of a base from its measured candidates; those of other bases without any.
 
     Each reading counts by the divergences that it rests on: one with three flips says little.
     """
-    found = list(readings)
+    rows = list(found)
     return FlipLaw(
-        sdt=_constant([(r.sdt, r.n_flips) for r in found], UNFITTED.sdt),
-        fdt=_constant([(r.fdt, r.n_first) for r in found], UNFITTED.fdt),
+        sdt=_constant([(r.sdt, r.n_flips) for r in rows], UNFITTED.sdt),
+        fdt=_constant([(r.fdt, r.n_first) for r in rows], UNFITTED.fdt),
     )
 
 
