@@ -221,22 +221,44 @@ def test_a_candidate_with_fewer_positions_is_refused(base, prompts):
         compare(base, lend(short), prompts, new_tokens=4)
 
 
-def test_a_lent_change_of_the_bases_own_head_is_refused(base, prompts):
-    """It would change the base's logits too, and the KL would be wrong in silence."""
-    mine = runs.changed(base, lambda network: None, "mine")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_lent_head_leaves_the_bases_logits_alone(architecture, prompts):
+    """As good as a network of its own, tied to the embeddings or not."""
+    mine = runs.changed(runs.model(architecture), lambda network: None, "mine")
+
+    def change(network):
+        weight = network.get_output_embeddings().weight
+        weight.data = weight.data * 1.01
 
     @contextlib.contextmanager
     def head_changed():
-        weight = mine.network.lm_head.weight
+        weight = mine.network.get_output_embeddings().weight
         kept = weight.data
-        weight.data = kept * 1.01
+        change(mine.network)
         try:
             yield mine
         finally:
             weight.data = kept
 
-    with pytest.raises(ModelError, match="head changed changes the head of the base's own network"):
-        compare(mine, {"head changed": head_changed()}, prompts, new_tokens=4)
+    apart = runs.changed(mine, change, "apart")
+    found = compare(mine, {"lent": head_changed()} | lend(apart), prompts, new_tokens=4)
+    lent, own = (result.metrics for result in found.candidates)
+    assert lent.kl.value > 1e-6
+    assert lent.to_json() == own.to_json()
+
+
+def test_a_head_that_is_overwritten_is_refused(base, prompts):
+    """It would change the base's logits too, and the KL would be wrong in silence."""
+    mine = runs.changed(base, lambda network: None, "mine")
+
+    @contextlib.contextmanager
+    def overwritten():
+        with torch.no_grad():
+            mine.network.lm_head.weight.mul_(1.01)
+        yield mine
+
+    with pytest.raises(ModelError, match="head overwrites weights of the head in the base's own"):
+        compare(mine, {"head": overwritten()}, prompts, new_tokens=4)
 
 
 def test_no_candidate_and_two_of_one_name(base, prompts, tmp_path):

@@ -7,7 +7,7 @@ import runs
 import tiny
 from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.batches import padded
-from divergent_tokens.measure.head import find_head
+from divergent_tokens.measure.head import find_head, kept_head
 
 IDS = torch.tensor([list(range(20, 40)), list(range(100, 120))])
 
@@ -111,3 +111,29 @@ class OffByItsInput(LlamaForCausalLM):
 def test_logits_that_need_more_than_hidden_states_are_refused():
     with pytest.raises(ModelError, match="do not follow from its final hidden states alone"):
         find_head(OffByItsInput(tiny.CONFIGS["llama"]()).eval())
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_kept_head_does_not_see_what_is_lent(architecture):
+    network = runs.changed(runs.model(architecture), lambda network: None).network
+    head = find_head(network)
+    hidden = head.hidden(torch.arange(4, 8)[None])[0].detach()
+    kept = kept_head(head, hidden)
+    own = head.logits(hidden)
+    assert torch.equal(kept.logits(hidden), own)
+    places = {parameter.data_ptr() for parameter in kept.network.parameters()}
+    assert places == {parameter.data_ptr() for parameter in network.parameters()}  # no memory
+    for parameter in network.parameters():
+        parameter.data = parameter.data * 1.5
+    assert torch.equal(kept.logits(hidden), own)
+    assert not torch.equal(head.logits(hidden), own)
+
+
+def test_a_forward_of_somebody_elses_keeps_the_head_itself():
+    def add_forward(network):
+        forward = network.forward
+        network.forward = lambda **kwargs: forward(**kwargs)
+
+    network = runs.changed(runs.model(), add_forward).network
+    head = find_head(network)
+    assert kept_head(head, head.hidden(torch.arange(4, 8)[None])[0].detach()) is head

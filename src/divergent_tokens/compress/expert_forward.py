@@ -73,7 +73,7 @@ def _forward(
 ) -> Tensor:
     """As transformers' eager experts: [token, hidden], [token, k] twice -> [token, hidden]."""
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
-    for index in top_k_index.unique().tolist():
+    for index in torch.unique(top_k_index).tolist():
         if (index, "down_proj") not in slices:  # a slot of another device, or an identity
             continue
         rows, choice = torch.where(top_k_index == index)

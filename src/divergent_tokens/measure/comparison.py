@@ -18,7 +18,7 @@ from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.completions import Completions, check_positions, complete
 from divergent_tokens.measure.engine import EngineScores, read_scores
 from divergent_tokens.measure.examples import Example, write_examples
-from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.measure.head import Head, find_head, kept_head
 from divergent_tokens.measure.metrics import Divergence, divergence
 from divergent_tokens.measure.pairs import Pair, compare_pairs
 from divergent_tokens.measure.perplexity import perplexity
@@ -160,7 +160,10 @@ def compare(
     states = base_states(base, head, completions, batch_size=size, cache=cache, progress=progress)
     own = score_base(base, head, completions, states)
     first = _first_logits(base, head, states)
-    run = _Run(base, head, completions, states, own, first, text, n_examples, level, seed, progress)
+    kept = kept_head(head, states.of(0, base.device)[:1])
+    run = _Run(
+        base, head, kept, completions, states, own, first, text, n_examples, level, seed, progress
+    )
     floor = run.summary(divergence_of(own, completions), run.perplexity("base", base, head))
     with lent_rounding(base, seed=seed) as rounded:
         rounding = run.measure("rounding", rounded).metrics
@@ -190,6 +193,9 @@ class _Run:
 
     base: Model
     head: Head
+    """Of the base's network as it is at any moment."""
+    kept_head: Head
+    """The base's own, also while its weights are lent to a candidate."""
     completions: Completions
     states: States
     own: TokenScores
@@ -219,14 +225,21 @@ class _Run:
         shared = model.network is self.base.network
         head = self.head if shared else find_head(model.network)
         if shared and not torch.equal(
-            _first_logits(self.base, head, self.states), self.first_logits
+            _first_logits(self.base, self.kept_head, self.states), self.first_logits
         ):
             raise ModelError(
-                f"{name} changes the head of the base's own network, which makes the base's logits "
-                "too; load the candidate as a network of its own"
+                f"{name} overwrites weights of the head in the base's own network, which makes the "
+                "base's logits too; give its parameters other storage (`parameter.data = ...`), or "
+                "load the candidate as a network of its own"
             )
         scores = score(
-            model, head, self.completions, self.head, self.states, name=name, progress=self.progress
+            model,
+            head,
+            self.completions,
+            self.kept_head,
+            self.states,
+            name=name,
+            progress=self.progress,
         )
         arrays = TokenArrays(
             argmax_ids=scores.argmax_ids,

@@ -1,5 +1,6 @@
 """The seam between a model's layers and its head: hidden states in, logits out, chunk by chunk."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,28 @@ class Head:
                 del self.body.forward
             else:
                 self.body.forward = before
+
+
+@torch.no_grad()
+def kept_head(head: Head, hidden: Tensor) -> Head:
+    """The same head with the weights of this moment, whatever they are lent for later.
+
+    It runs a copy of the network's structure whose parameters share the storage of the original's,
+    so it needs no memory. Who lends a weight gives the parameter other storage for a while
+    (`parameter.data = ...`), which the copy does not see. Where a copy does not give the same
+    logits of `hidden` [token, hidden] (somebody put a forward there that runs the original), the
+    head itself comes back.
+    """
+    network = head.network
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
+    for parameter in network.parameters():
+        plain = type(parameter) is nn.Parameter  # other kinds (bitsandbytes') are never lent
+        alias = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+        shared[id(parameter)] = alias
+    name = next(name for name, module in network.named_modules() if module is head.body)
+    kept = copy.deepcopy(network, shared)
+    found = Head(kept, kept.get_submodule(name), head.output)
+    return found if torch.equal(found.logits(hidden), head.logits(hidden)) else head
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def logprobs_of(
     for prompt, length in enumerate(completions.lengths):
         hidden = states.of(prompt, model.device)
         wanted = torch.from_numpy(ids[prompt, :length].astype(np.int64)).to(model.device)
-        n = _chunk_tokens(head, hidden)
+        n = chunk_tokens(head, hidden)
         parts = [
             head.logits(hidden[a : a + n]).log_softmax(-1).gather(-1, wanted[a : a + n, None])[:, 0]
             for a in range(0, len(hidden), n)
@@ -151,7 +151,7 @@ def score_chunks(
     head: Head, hidden: Tensor, base_head: Head, base_hidden: Tensor, targets: Tensor
 ) -> Iterator[dict[str, Tensor]]:
     """Scores of tokens [token] chunk by chunk, so that [token, vocab] is never held whole."""
-    n = _chunk_tokens(head, hidden)
+    n = chunk_tokens(head, hidden)
     same = head is base_head and hidden is base_hidden
     for a in range(0, len(hidden), n):
         logits = head.logits(hidden[a : a + n])
@@ -162,7 +162,8 @@ def score_chunks(
             yield score_logits(logits[rows], base_logits[rows], targets[a : a + n][rows])
 
 
-def _chunk_tokens(head: Head, hidden: Tensor) -> int:
+def chunk_tokens(head: Head, hidden: Tensor) -> int:
+    """How many tokens' logits are held at once."""
     vocabulary = head.logits(hidden[:1]).shape[1]
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
