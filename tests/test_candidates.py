@@ -7,8 +7,14 @@ import torch
 
 import runs
 from divergent_tokens import candidates
-from divergent_tokens.candidates import joined, model_candidates, scheme_candidates
-from divergent_tokens.errors import DivergentTokensError, ModelError, SchemeError
+from divergent_tokens.candidates import (
+    joined,
+    model_candidates,
+    plan_candidates,
+    scheme_candidates,
+)
+from divergent_tokens.compress.plan_file import PlanFile, write_plan
+from divergent_tokens.errors import DivergentTokensError, ModelError, RecordError, SchemeError
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,40 @@ def test_one_candidate_a_name(base, folder):
         joined(one, scheme_candidates(base, "int4:g8"), one)
     assert list(joined(one, scheme_candidates(base, "int4:g8"))) == ["int8", "int4:g8"]
     assert joined() == {}
+
+
+def write(path, base, components, fingerprint=None):
+    identity = {"reference": "base", "model_type": "llama", "config": {}}
+    identity["fingerprint"] = fingerprint or base.fingerprint
+    write_plan(path, PlanFile(identity, components, 1, 2))
+    return path
+
+
+def test_a_plan_is_lent_under_its_files_name(base, tmp_path):
+    before, names = weights(base), [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    path = write(tmp_path / "plan.json", base, dict(zip(names, ("int4:g8", "int8"), strict=True)))
+    found = plan_candidates(base, path)
+    assert list(found) == [str(path)]
+    for _ in range(2):
+        with found[str(path)] as model:
+            assert model.network is base.network
+            assert differing(before, base) == {f"{name}.weight" for name in names}
+        assert not differing(before, base)
+
+
+def test_a_plan_that_is_not_for_this_base_is_refused_by_its_file(base, tmp_path):
+    gone = {"model.layers.7.mlp.up_proj": "int8"}
+    path = write(tmp_path / "plan.json", base, gone)
+    with pytest.raises(SchemeError, match=r"plan\.json: the plan names 'model\.layers\.7\.mlp"):
+        plan_candidates(base, path)
+    write(path, base, {"model.layers.0.mlp.up_proj": "int4:g64"})
+    with pytest.raises(SchemeError, match=r"plan\.json: int4:g64: groups of 64 do not divide"):
+        plan_candidates(base, path)
+    write(path, base, {}, fingerprint="0" * 64)
+    with pytest.raises(RecordError, match=r"plan\.json was made for base \(fingerprint 0000"):
+        plan_candidates(base, path)
+    with pytest.raises(DivergentTokensError, match=r"two candidates are called '.*plan\.json'"):
+        plan_candidates(base, path, path)
 
 
 def test_a_checkpoint_is_loaded_at_its_turn_and_let_go_of(folder, monkeypatch):

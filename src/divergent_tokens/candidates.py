@@ -1,7 +1,7 @@
 """Candidates by name: schemes laid over the base for a while, checkpoints loaded for a while."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ import torch
 
 from divergent_tokens import gguf_files, model_files
 from divergent_tokens.compress.apply import lent_plan
-from divergent_tokens.compress.components import find_components
-from divergent_tokens.compress.plan import check_plan, uniform_plan
+from divergent_tokens.compress.components import Component, find_components
+from divergent_tokens.compress.plan import Plan, check_plan, uniform_plan
+from divergent_tokens.compress.plan_file import check_base, read_plan
 from divergent_tokens.compress.schemes import parse_scheme
-from divergent_tokens.errors import DivergentTokensError
+from divergent_tokens.errors import DivergentTokensError, SchemeError
 from divergent_tokens.models import Model, load_model
 from divergent_tokens.network_checks import refuse_unknown
 
@@ -58,10 +59,44 @@ def scheme_candidates(
     parsed = [parse_scheme(text) for text in schemes]
     check_names(*map(str, parsed))
     components = find_components(base.network, include=include, exclude=exclude)
-    plans = {str(scheme): uniform_plan(components, scheme) for scheme in parsed}
+    return lent_candidates(
+        base, {str(scheme): uniform_plan(components, scheme) for scheme in parsed}, components
+    )
+
+
+def plan_candidates(base: Model, *paths: str | Path) -> Candidates:
+    """The base under each plan, by the name of the plan's file; the weights are lent.
+
+    Raises RecordError or SchemeError at once, naming the file, for one that holds no plan that
+    fits this base.
+    """
+    check_names(*map(str, paths))
+    components = find_components(base.network, include=["*"])
+    plans = {}
+    for path in map(Path, paths):
+        file = read_plan(path)
+        check_base(file, base, path)
+        plans[str(path)] = file.plan()
+        try:
+            check_plan(plans[str(path)], components)
+        except SchemeError as error:
+            raise SchemeError(f"{path}: {error}") from error
+    return lent_candidates(base, plans, components)
+
+
+def lent_candidates(
+    base: Model, plans: Mapping[str, Plan], components: Sequence[Component]
+) -> Candidates:
+    """The base under each plan, by its name.
+
+    Raises SchemeError at once, if a plan does not fit the base's components.
+    """
     for plan in plans.values():
         check_plan(plan, components)
-    return {name: Candidate(partial(lent_plan, base, plan)) for name, plan in plans.items()}
+    return {
+        name: Candidate(partial(lent_plan, base, plan, components=components))
+        for name, plan in plans.items()
+    }
 
 
 def model_candidates(

@@ -233,7 +233,8 @@ def _crossing(sigmas: Floats, rising: Floats, value: float) -> float | None:
 def fit(found: Iterable[Reading]) -> FlipLaw:
     """The constants of a base from its measured candidates; those of other bases without any.
 
-    Each reading counts by the divergences that it rests on: one with three flips says little.
+    Each reading counts by the divergences that it rests on: one with three flips says little. Their
+    luck is taken out of the spread; a prediction adds that of its own prompts.
     """
     rows = list(found)
     return FlipLaw(
@@ -249,8 +250,10 @@ def _constant(found: Sequence[tuple[float | None, float]], before: Constant) -> 
     logs, weights = np.array(known).T
     mean = float(np.average(logs, weights=weights))
     n_like = float(weights.sum() ** 2 / (weights**2).sum())  # equally weighted readings
-    seen = n_like * float(np.average((logs - mean) ** 2, weights=weights))
-    variance = (_PRIOR_READINGS * before.spread**2 + seen) / (_PRIOR_READINGS + n_like - 1)
+    luck = len(known) / float(weights.sum())  # 1 / divergences, averaged by the same weights
+    seen = max(0.0, float(np.average((logs - mean) ** 2, weights=weights)) - luck)
+    total = _PRIOR_READINGS * before.spread**2 + n_like * seen
+    variance = total / (_PRIOR_READINGS + n_like - 1)
     return Constant(math.exp(mean), math.sqrt(variance), len(known))
 
 
