@@ -8,7 +8,6 @@ from rich.console import Console
 from divergent_tokens.report.text import (
     comparison_markdown,
     comparison_text,
-    harmless,
     indistinguishable,
     notes,
     ordered,
@@ -250,11 +249,6 @@ def test_a_text_cannot_end_its_block():
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("~~~")] == ["~~~text", "~~~"]
     assert not [line for line in lines if line.startswith("#")]
-
-
-def test_harmless_keeps_everything_but_commands():
-    assert harmless("naïve 日本 😀") == "naïve 日本 😀"
-    assert harmless({"a\x1b": ["b\n", 1, None, 2.5, True]}) == {"a ": ["b⏎", 1, None, 2.5, True]}
 
 
 # --- widths ---

@@ -9,6 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from divergent_tokens.report.numbers import estimate, number, percent, sparkline
+from divergent_tokens.report.tables import (
+    GAP,
+    escaped,
+    harmless,
+    markdown_table,
+    on_one_line,
+    table,
+)
 
 ROUNDING_FACTOR = 3
 """A candidate whose KL is under so many times the rounding floor cannot be told from rounding."""
@@ -21,9 +29,7 @@ LONGEST_NAME = 28
 """Longer names are shortened in a terminal's tables; they may fold onto a row's second line."""
 
 _HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
-_GAP = 2
 _GROUPS = (("by_domain", "domain"), ("by_language", "language"))
-_MARKDOWN = frozenset("\\`*_[]<>|~#&$")
 
 Record = Mapping[str, Any]
 
@@ -51,7 +57,7 @@ def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
     labels = _labels(record)
     parts: list[RenderableType] = [Text(title(record) + "\n")]
     parts.append(_main_table(list(_cells(record, labels)), width))
-    parts += [_table(*section) for section in _sections(record, labels, (width - 24) // 14)]
+    parts += [table(*section) for section in _sections(record, labels, (width - 24) // 14)]
     for candidate in ordered(record):
         if candidate["examples"]:
             parts.append(Text(f"\nWhere {candidate['name']} parts from the base", style="bold"))
@@ -65,28 +71,19 @@ def comparison_markdown(record: Record) -> str:
     """The same as Markdown, for a model card."""
     record = harmless(record)
     names = {candidate["name"]: candidate["name"] for candidate in record["candidates"]}
-    cells = [[_on_one_line(cell) for cell in row] for row in _cells(record, names)]
-    lines = [_escaped(title(record)), "", *_markdown_table(_HEADERS, cells)]
+    cells = [[on_one_line(cell) for cell in row] for row in _cells(record, names)]
+    lines = [escaped(title(record)), "", *markdown_table(_HEADERS, cells)]
     for columns, rows, heading in _sections(record, names, len(names)):
-        lines += ["", f"**{_escaped(heading)}**", "", *_markdown_table(columns, rows)]
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
     for candidate in ordered(record):
         if candidate["examples"]:
-            lines += ["", f"**Where {_escaped(candidate['name'])} parts from the base**"]
+            lines += ["", f"**Where {escaped(candidate['name'])} parts from the base**"]
         for example in candidate["examples"]:
             # No line of the block can end it: each begins with a word of ours.
             block = [f"{word:<11}{text}" for word, text, _ in _example_lines(example)]
-            lines += ["", _escaped(_example_heading(example)), "", "~~~text", *block, "~~~"]
-    lines += ["", *(f"- {_escaped(note)}" for note in notes(record))]
+            lines += ["", escaped(_example_heading(example)), "", "~~~text", *block, "~~~"]
+    lines += ["", *(f"- {escaped(note)}" for note in notes(record))]
     return "\n".join(lines) + "\n"
-
-
-def harmless(value: Any) -> Any:
-    """The same with every text on one line: line breaks shown, what terminals obey taken out."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in value)
-    if isinstance(value, Mapping):
-        return {harmless(key): harmless(inner) for key, inner in value.items()}
-    return [harmless(inner) for inner in value] if isinstance(value, list) else value
 
 
 def title(record: Record) -> str:
@@ -141,29 +138,16 @@ def notes(record: Record) -> Iterator[str]:
 def _main_table(rows: Sequence[Sequence[str]], width: int) -> Table:
     """As many of the columns as fit, from the left; two at least."""
     widths = [
-        _GAP + max(cell_len(line) for row in (_HEADERS, *rows) for line in row[i].split("\n"))
+        GAP + max(cell_len(line) for row in (_HEADERS, *rows) for line in row[i].split("\n"))
         for i in range(len(_HEADERS))
     ]
-    widths[0] = min(widths[0], _GAP + LONGEST_NAME // 2)  # a name has two lines
+    widths[0] = min(widths[0], GAP + LONGEST_NAME // 2)  # a name has two lines
     n_columns = max(n for n in range(1, len(widths) + 1) if n <= 2 or sum(widths[:n]) <= width)
-    table = _table(_HEADERS[:n_columns], ())
-    table.columns[0].max_width = max(widths[0] - _GAP, width - sum(widths[1:n_columns]) - _GAP)
+    built = table(_HEADERS[:n_columns], ())
+    built.columns[0].max_width = max(widths[0] - GAP, width - sum(widths[1:n_columns]) - GAP)
     for i, cells in enumerate(rows):
-        table.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
-    return table
-
-
-def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
-) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-    if title is not None:
-        table.title, table.title_justify, table.title_style = Text(f"\n{title}"), "left", "bold"
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+        built.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
+    return built
 
 
 def _cells(record: Record, labels: Mapping[str, str]) -> Iterator[list[str]]:
@@ -281,20 +265,3 @@ def _example_lines(example: Record) -> Iterator[tuple[str, str, str]]:
     yield "both", example["shared_text"][-200:], ""
     yield "base", example["base_text"][:300], "green"
     yield "candidate", example["candidate_text"][:300], "red"
-
-
-def _on_one_line(cell: str) -> str:
-    value, _, interval = cell.partition("\n")
-    return f"{value} ({interval})" if interval else value
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [
-        "| " + " | ".join(cell if cell == "---" else _escaped(cell) for cell in line) + " |"
-        for line in lines
-    ]
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in text)

@@ -1,0 +1,52 @@
+"""Tables for a terminal and for Markdown, of cells that are text already."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+GAP = 2
+"""Blanks between two columns."""
+_MARKDOWN = frozenset("\\`*_[]<>|~#&$")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table without lines, under a bold title."""
+    built = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    if title is not None:
+        built.title, built.title_justify, built.title_style = Text(f"\n{title}"), "left", "bold"
+    for column in columns:
+        built.add_column(Text(column), overflow="fold")
+    for row in rows:
+        built.add_row(*map(Text, row))
+    return built
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of the same in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [
+        "| " + " | ".join(cell if cell == "---" else escaped(cell) for cell in line) + " |"
+        for line in lines
+    ]
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in text)
+
+
+def on_one_line(cell: str) -> str:
+    """A value and its interval beside each other."""
+    value, _, interval = cell.partition("\n")
+    return f"{value} ({interval})" if interval else value
+
+
+def harmless(value: Any) -> Any:
+    """The same with every text on one line: line breaks shown, what terminals obey taken out."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in value)
+    if isinstance(value, Mapping):
+        return {harmless(key): harmless(inner) for key, inner in value.items()}
+    return [harmless(inner) for inner in value] if isinstance(value, list) else value
