@@ -9,7 +9,7 @@ from torch import nn
 
 import tiny
 from divergent_tokens.compress.apply import apply_plan, lent_plan
-from divergent_tokens.compress.components import find_components, weight_of
+from divergent_tokens.compress.components import Component, find_components, weight_of
 from divergent_tokens.compress.plan import Plan, uniform_plan
 from divergent_tokens.compress.schemes import Scheme, parse_scheme
 from divergent_tokens.errors import ModelError, SchemeError
@@ -67,7 +67,7 @@ def test_every_bit_comes_back(architecture: str, dtype: torch.dtype) -> None:
             assert lent.network is model.network
             for component, original in zip(components, originals, strict=True):
                 now = weight_of(lent.network, component)
-                assert torch.equal(now, scheme.compress(original)), component.name
+                assert torch.equal(now, scheme.compress(original, component)), component.name
                 assert not torch.equal(now, original), component.name
             during = _state(model)
         assert _state(model) == before
@@ -93,12 +93,12 @@ def test_every_bit_comes_back_if_lending_itself_fails(monkeypatch: pytest.Monkey
     before = _state(model)
     compress, calls = Scheme.compress, 0
 
-    def interrupted(self: Scheme, weight: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: Scheme, weight: torch.Tensor, component: Component) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 17:
             raise KeyboardInterrupt
-        return compress(self, weight)
+        return compress(self, weight, component)
 
     monkeypatch.setattr(Scheme, "compress", interrupted)
     plan = uniform_plan(find_components(model.network), parse_scheme("int8"))
@@ -131,7 +131,9 @@ def test_lending_nests() -> None:
         assert _state(model) == middle
     assert _state(model) == before
     chain = parse_scheme("magnitude:0.5+int4")
-    assert torch.equal(twice, chain.compress(weight_of(model.network, components[0])))
+    assert torch.equal(
+        twice, chain.compress(weight_of(model.network, components[0]), components[0])
+    )
 
 
 def test_lending_for_a_forward_pass_in_inference_mode() -> None:

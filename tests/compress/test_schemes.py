@@ -134,12 +134,24 @@ def test_the_size_counts_what_the_record_holds() -> None:
         assert step.size_bytes(_component(6, 32), 0) == sum(t.nbytes for t in tensors)
 
 
+@pytest.mark.parametrize("text", [form for family in schemes._FAMILIES for form in family.forms])
+def test_what_works_by_rows_gives_the_same_for_rows_together(text: str) -> None:
+    scheme = parse_scheme(text)
+    component = _component(6, 64)
+    stack = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
+    together = scheme.compress(stack.flatten(0, 1), component).view_as(stack)
+    apart = torch.stack([scheme.compress(weight, component) for weight in stack])
+    assert torch.equal(together, apart) == scheme.by_rows
+
+
 def test_steps_are_taken_in_order() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kept = weight.clone()
     pruned = prune_magnitude(weight, 0.5)
     expected = dequantize(quantize(pruned, bits=4, granularity=4))
-    assert torch.equal(parse_scheme("magnitude:0.5+int4:g4").compress(weight), expected)
+    assert torch.equal(
+        parse_scheme("magnitude:0.5+int4:g4").compress(weight, _component(4, 8)), expected
+    )
     assert torch.equal(weight, kept)
 
 

@@ -95,7 +95,8 @@ def _compressed(parameter: nn.Parameter, held: list[Component], plan: Plan) -> T
     """A copy of the parameter's storage in which the components are compressed."""
     storage = parameter.detach().clone()
     for component in held:
-        compressed = plan.schemes[component.name].compress(component_view(parameter, component))
+        weight = component_view(parameter, component)
+        compressed = plan.schemes[component.name].compress(weight, component)
         component_view(storage, component).copy_(compressed)
     return storage
 

@@ -24,13 +24,31 @@ from divergent_tokens.compress.quantize import (
 from divergent_tokens.errors import SchemeError
 
 
+class Activations(Protocol):
+    """What is done to a component's inputs each time that it runs; equal ones do the same."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The inputs [..., in] as the quantized ones stand for, in the same shape and dtype."""
+
+    def __hash__(self) -> int:
+        """Those that are equal are computed once."""
+
+
 class Step(Protocol):
     """One thing that is done to a weight matrix. `str(step)` is the text it is read from."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each output row comes out as if it were alone: rows may be handed in together."""
+
+    @property
+    def activations(self) -> Activations | None:
+        """What is done to the component's inputs; None if nothing."""
 
     def check(self, components: Sequence[Component]) -> None:
         """Raise SchemeError, naming a component, if the step does not fit one of them."""
 
-    def compress(self, weight: Tensor) -> Tensor:
+    def compress(self, weight: Tensor, component: Component) -> Tensor:
         """A new dense [out, in] matrix of the same dtype; `weight` is left alone."""
 
     def size_bytes(self, component: Component, size_before: int) -> int:
@@ -52,10 +70,21 @@ class Scheme:
         for step in self.steps:
             step.check(components)
 
-    def compress(self, weight: Tensor) -> Tensor:
+    @property
+    def by_rows(self) -> bool:
+        """Whether each output row comes out as if it were alone."""
+        return all(step.by_rows for step in self.steps)
+
+    @property
+    def activations(self) -> Activations | None:
+        """What is done to the component's inputs; `parse_scheme` sees to it that one step says."""
+        found = [step.activations for step in self.steps if step.activations is not None]
+        return found[0] if found else None
+
+    def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The dense [out, in] matrix that comes out, in the same dtype; `weight` is left alone."""
         for step in self.steps:
-            weight = step.compress(weight)
+            weight = step.compress(weight, component)
         return weight
 
     def size_bytes(self, component: Component) -> int:
@@ -97,7 +126,17 @@ class AbsMax:
                 "components"
             )
 
-    def compress(self, weight: Tensor) -> Tensor:
+    @property
+    def by_rows(self) -> bool:
+        """True unless all rows share a scale."""
+        return self.granularity != "tensor"
+
+    @property
+    def activations(self) -> Activations | None:
+        """Nothing is done to the inputs."""
+        return None
+
+    def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix after coding and decoding."""
         return dequantize(
             quantize(weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric)
@@ -141,7 +180,17 @@ class Magnitude:
     def check(self, components: Sequence[Component]) -> None:
         """Fits every matrix."""
 
-    def compress(self, weight: Tensor) -> Tensor:
+    @property
+    def by_rows(self) -> bool:
+        """False: the smallest are those of the whole matrix."""
+        return False
+
+    @property
+    def activations(self) -> Activations | None:
+        """Nothing is done to the inputs."""
+        return None
+
+    def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix with zeros."""
         return prune_magnitude(weight, self.share)
 
