@@ -420,7 +420,8 @@ class _Sums:
 def _relative(changes: Tensor, weights: Tensor) -> Tensor:
     """‖ΔW‖ / ‖W‖, NaN for a matrix of zeros: [..., out, in] -> [...]."""
     norm = torch.linalg.matrix_norm
-    return norm(changes.double()) / norm(weights.double())
+    errors: Tensor = norm(changes.double()) / norm(weights.double())
+    return errors
 
 
 def _watch(output: Tensor, meet: Callable[[Tensor], None]) -> None:
