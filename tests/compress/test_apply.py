@@ -9,7 +9,7 @@ from torch import nn
 
 import tiny
 from divergent_tokens.compress.apply import apply_plan, lent_plan
-from divergent_tokens.compress.components import Component, find_components, weight_of
+from divergent_tokens.compress.components import Component, ends, find_components, weight_of
 from divergent_tokens.compress.plan import Plan, uniform_plan
 from divergent_tokens.compress.schemes import Scheme, parse_scheme
 from divergent_tokens.errors import ModelError, SchemeError
@@ -209,6 +209,24 @@ def test_a_matrix_that_is_also_the_head_or_the_embedding_is_refused() -> None:
             lent_plan(model, plan),
         ):
             pytest.fail("lent")
+        assert _state(model) == before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_embeddings_and_heads_are_lent_where_asked_for(architecture: str) -> None:
+    model = _model(architecture)
+    before = _state(model)
+    for end in ends(model.network):
+        components = find_components(model.network, include=[end.name])
+        original = weight_of(model.network, end)
+        scheme = parse_scheme("int4:g8")
+        with lent_plan(model, uniform_plan(components, scheme), components=components):
+            assert torch.equal(weight_of(model.network, end), scheme.compress(original, end))
+            tied = model.network.config.tie_word_embeddings
+            for module in (model.network.get_input_embeddings(), model.network.lm_head):
+                shared = module.weight.data_ptr() == weight_of(model.network, end).data_ptr()
+                changed = module.weight.data_ptr() != original.data_ptr()
+                assert shared == changed or not tied
         assert _state(model) == before
 
 

@@ -12,6 +12,7 @@ import tiny
 from divergent_tokens.compress.components import (
     Component,
     component_view,
+    ends,
     find_components,
     weight_of,
 )
@@ -298,6 +299,65 @@ def test_a_network_without_linear_layers_is_refused() -> None:
         layer.mlp = layer.self_attn = nn.Identity()
     with pytest.raises(ModelError, match="no linear layers"):
         find_components(network)
+
+
+# --- embeddings and head ---
+
+ENDS = {
+    "llama": ("model.embed_tokens", "lm_head"),
+    "gemma3": ("model.embed_tokens", "lm_head"),
+    "gpt2": ("transformer.wte", "lm_head"),
+    "opt": ("model.decoder.embed_tokens", "lm_head"),
+    "mamba2": ("backbone.embeddings", "lm_head"),
+    "gpt-oss": ("model.embed_tokens", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("architecture", ENDS)
+def test_ends_come_only_if_asked_for(architecture: str) -> None:
+    network = tiny.network(architecture)
+    embedding, head = ENDS[architecture]
+    inner = find_components(network)
+    found = ends(network)
+    tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    assert [(c.name, c.kind, c.layer) for c in found] == [
+        (embedding, "embedding", None),
+        *([] if tied else [(head, "head", None)]),
+    ]
+    assert not set(found) & set(inner)
+    for name in (embedding, head):  # tied: one component, whichever name brings it in
+        (chosen,) = find_components(network, include=[name])
+        assert chosen == (found[0] if tied or name == embedding else found[1])
+    both = find_components(network, include=[embedding, head, "*.0.*"])
+    assert both[0] == found[0]
+    assert both[1:] == (
+        *find_components(network, include=["*.0.*"]),
+        *([] if tied else [found[1]]),
+    )
+    assert find_components(network, exclude=[head]) == inner
+    if tied:
+        assert find_components(network, include=["*"], exclude=[head]) == inner
+    for end in found:
+        assert end.shape == (network.config.vocab_size, weight_of(network, end).shape[1])
+        assert weight_of(network, end).data_ptr() == (
+            network.get_parameter(end.parameter).data_ptr()
+        )
+
+
+def test_an_end_that_is_no_matrix_is_named_if_asked_for() -> None:
+    network = tiny.network("llama")
+    packed = torch.zeros(256, 32, dtype=torch.int8)
+    network.lm_head.weight = nn.Parameter(packed, requires_grad=False)
+    assert len(find_components(network)) == 14
+    assert [end.kind for end in ends(network)] == ["embedding"]
+    with pytest.raises(ModelError, match=r"lm_head: it holds torch\.int8"):
+        find_components(network, include=["lm_head"])
+
+
+def test_components_know_their_architecture() -> None:
+    network = tiny.network("qwen3-moe")
+    found = (*find_components(network), *ends(network))
+    assert {component.model_type for component in found} == {"qwen3_moe"}
 
 
 # --- patterns ---

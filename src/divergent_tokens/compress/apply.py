@@ -83,10 +83,12 @@ def _check_parameter(
         )
     ends = cast(Any, network)  # transformers leaves these two methods untyped
     embeddings = (ends.get_input_embeddings(), ends.get_output_embeddings())
-    if any(getattr(module, "weight", None) is parameter for module in embeddings):
+    shared = any(getattr(module, "weight", None) is parameter for module in embeddings)
+    inner = [component for component in held if not component.is_end]
+    if shared and inner:
         raise ModelError(
-            f"{held[0].name} shares its weight with the embeddings or the head, which would change "
-            "with it; exclude it"
+            f"{inner[0].name} shares its weight with the embeddings or the head, which would "
+            "change with it; exclude it"
         )
 
 

@@ -1,10 +1,14 @@
-"""The weight matrices of the decoder layers, one by one, always spoken of as [out, in]."""
+"""The weight matrices of the decoder layers, one by one, always spoken of as [out, in].
+
+The embeddings and the head are named too, and left out unless asked for.
+"""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +27,10 @@ class Component:
     name: str
     """The module's own name; for an expert the unfused one, `...experts.17.gate_proj`."""
     kind: str
-    """q, k, v, o, gate, up, down, expert, or other (q, k and v fused in one matrix, say)."""
-    layer: int
-    """The decoder layer it belongs to, from 0."""
+    """q, k, v, o, gate, up, down, expert, or other (q, k and v fused in one matrix, say);
+    embedding or head outside the layers."""
+    layer: int | None
+    """The decoder layer it belongs to, from 0; None for embeddings and head."""
     shape: tuple[int, int]
     """[out, in], whatever the storage."""
     dtype: torch.dtype
@@ -40,6 +45,13 @@ class Component:
     """Stored as [in, out]."""
     rows: tuple[int, int, int] | None = None
     """Start, stop, step of its output rows where gate and up share one storage."""
+    model_type: str = ""
+    """What its network's config calls the architecture; a donor must be of the same."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the embedding or the head."""
+        return self.layer is None
 
     @property
     def n_parameters(self) -> int:
@@ -62,10 +74,13 @@ def find_components(
     """Every weight matrix of the decoder layers, in the network's order.
 
     These are nn.Linear, GPT-2's Conv1D, and single experts of fused tensors. Left out are
-    embeddings, the head and whatever lies outside the layers (OPT's `project_in`), convolutions,
+    whatever lies outside the layers (OPT's `project_in`), convolutions,
     and routers: sending a token to another expert is another kind of harm than a changed weight,
     and no server quantizes them. `shared_expert_gate` (1 x hidden, Qwen's mixtures) is a router of
     one expert. A matrix that two modules share is listed once, under the first name.
+
+    The `ends`, embeddings and head, are there only if a pattern of `include` matches them. Where
+    the two are tied they are one component, which the name of either brings in or leaves out.
 
     `include` and `exclude` hold globs on the whole name (`*` passes dots too), or regular
     expressions after `re:`, searched anywhere in it. A component stays if it matches one of
@@ -74,19 +89,22 @@ def find_components(
     Raises ModelError if a pattern matches nothing, if nothing is left, and if what would stay
     holds a weight that cannot be read as [out, in]: it is named, never guessed, never skipped.
     """
-    found = list(_weights(network))
-    names = [weight.name for weight in found]
-    if not found:
+    in_layers = list(_weights(network))
+    if not in_layers:
         raise ModelError(
             f"{type(network).__name__} has no linear layers; expected nn.Linear, Conv1D or "
             "experts in the layers of a decoder"
         )
-    chosen = _matched("include", include, names) if include else set(names)
+    embedding, head, names = _ends(network)
+    found = [*embedding, *in_layers, *head]
+    names |= {weight.name: weight.name for weight in in_layers}
+    inside = {weight.name for weight in in_layers}
+    chosen = _matched("include", include, names) if include else inside
     chosen -= _matched("exclude", exclude, names)
     if not chosen:
         raise ModelError(
             f"include {list(include)} and exclude {list(exclude)} leave no component; exclude "
-            f"fewer. There are: {_nearest('', names)}"
+            f"fewer. There are: {_nearest('', sorted(inside))}"
         )
     components = []
     for weight in found:
@@ -95,6 +113,15 @@ def find_components(
         elif isinstance(weight, _Unreadable) and weight.name in chosen:
             raise ModelError(f"{weight.name}: {weight.why}; to go on without it, exclude it")
     return tuple(components)
+
+
+def ends(network: PreTrainedModel) -> tuple[Component, ...]:
+    """The embedding and the head, which `find_components` leaves out unless asked; one if tied.
+
+    An end that is no dense matrix is not among them.
+    """
+    embedding, head, _ = _ends(network)
+    return tuple(end for end in (*embedding, *head) if isinstance(end, Component))
 
 
 def weight_of(network: PreTrainedModel, component: Component) -> Tensor:
@@ -133,7 +160,46 @@ class _Unreadable:
     why: str
 
 
-def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
+_Weight = Component | _Unreadable
+
+
+def _ends(network: PreTrainedModel) -> tuple[list[_Weight], list[_Weight], dict[str, str]]:
+    """Embedding and head, none or one of each, and under which name either is listed."""
+    transformer = cast(Any, network)  # transformers leaves these two methods untyped
+    places = {id(module): name for name, module in network.named_modules()}
+    found: dict[str, list[_Weight]] = {"embedding": [], "head": []}
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}  # of each weight, the name under which it is listed
+    for kind, module in (
+        ("embedding", transformer.get_input_embeddings()),
+        ("head", transformer.get_output_embeddings()),
+    ):
+        name = places.get(id(module))
+        weight = getattr(module, "weight", None)
+        if name is None or not isinstance(weight, nn.Parameter):
+            continue
+        names[name] = first.setdefault(id(weight), name)
+        if names[name] == name:
+            found[kind].append(_end(name, kind, weight, network.config.model_type))
+    return found["embedding"], found["head"], names
+
+
+def _end(name: str, kind: str, weight: nn.Parameter, model_type: str) -> _Weight:
+    if not weight.is_floating_point() or weight.ndim != 2:
+        return _Unreadable(name, _not_dense(weight))
+    vocabulary, hidden = weight.shape
+    return Component(
+        name=name,
+        kind=kind,
+        layer=None,
+        shape=(vocabulary, hidden),
+        dtype=weight.dtype,
+        parameter=f"{name}.weight",
+        model_type=model_type,
+    )
+
+
+def _weights(network: PreTrainedModel) -> Iterator[_Weight]:
     prefix, layers = decoder_layers(network)
     modules = dict(layers.named_modules(prefix=prefix))
     routers = tuple(name for name in modules if _routes(name, modules))
@@ -143,6 +209,7 @@ def _weights(network: PreTrainedModel) -> Iterator[Component | _Unreadable]:
             continue
         for weight in _weights_of_module(name, module, prefix):
             if isinstance(weight, Component):
+                weight = replace(weight, model_type=network.config.model_type)
                 parameter = network.get_parameter(weight.parameter)
                 place = (id(parameter), weight.stack_index, weight.rows)
                 if place in seen:
@@ -159,9 +226,7 @@ def _routes(name: str, modules: dict[str, nn.Module]) -> bool:
     return last in {"gate", "gating", "shared_expert_gate"} and f"{parent}.experts" in modules
 
 
-def _weights_of_module(
-    name: str, module: nn.Module, prefix: str
-) -> Iterator[Component | _Unreadable]:
+def _weights_of_module(name: str, module: nn.Module, prefix: str) -> Iterator[_Weight]:
     layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if name != prefix else -1
     if isinstance(module, nn.Linear | Conv1D):
         yield _matrix(name, module, layer)
@@ -173,11 +238,10 @@ def _weights_of_module(
             yield _Unreadable(name, str(error))
 
 
-def _matrix(name: str, module: nn.Linear | Conv1D, layer: int) -> Component | _Unreadable:
+def _matrix(name: str, module: nn.Linear | Conv1D, layer: int) -> _Weight:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or not weight.is_floating_point() or weight.ndim != 2:
-        held = "no weight of its own" if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        return _Unreadable(name, f"it holds {held}, expected a dense floating [out, in] weight")
+        return _Unreadable(name, _not_dense(weight))
     transposed = isinstance(module, Conv1D)
     first, second = weight.shape
     expert = re.search(r"\.experts\.(\d+)\.", name)  # a mixture whose experts are not fused
@@ -191,6 +255,11 @@ def _matrix(name: str, module: nn.Linear | Conv1D, layer: int) -> Component | _U
         expert=int(expert[1]) if expert else None,
         transposed=transposed,
     )
+
+
+def _not_dense(weight: Tensor | None) -> str:
+    held = "no weight of its own" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+    return f"it holds {held}, expected a dense floating [out, in] weight"
 
 
 def _expert(name: str, module: nn.Module, layer: int, piece: ExpertSlice) -> Component:
@@ -236,15 +305,15 @@ def _kind(name: str) -> str:
 # --- patterns ---
 
 
-def _matched(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that match any of the patterns, each of which must match one."""
+def _matched(option: str, patterns: Sequence[str], names: Mapping[str, str]) -> set[str]:
+    """What the names that match any of the patterns stand for; each pattern must match one."""
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {name for name in names if _matches(pattern, name)}
+        hits = {listed for name, listed in names.items() if _matches(pattern, name)}
         if not hits:
             raise ModelError(
                 f"{option} {pattern!r} matches no component; a pattern is a glob on the whole name "
-                f"or a regular expression after 're:'. Nearest: {_nearest(pattern, names)}"
+                f"or a regular expression after 're:'. Nearest: {_nearest(pattern, list(names))}"
             )
         matched |= hits
     return matched
