@@ -4,8 +4,10 @@ import weakref
 
 import pytest
 import torch
+import transformers
 
 import runs
+import tiny
 from divergent_tokens import candidates
 from divergent_tokens.candidates import (
     joined,
@@ -15,6 +17,9 @@ from divergent_tokens.candidates import (
 )
 from divergent_tokens.compress.plan_file import PlanFile, write_plan
 from divergent_tokens.errors import DivergentTokensError, ModelError, RecordError, SchemeError
+from divergent_tokens.measure.comparison import compare
+from divergent_tokens.measure.prompts import read_prompts
+from divergent_tokens.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +184,30 @@ def test_what_is_not_there_or_not_whole_is_refused_at_once(folder, tmp_path, mon
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(ModelError, match="truncated or corrupt"):
         model_candidates(str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bitsandbytes_checkpoint_is_a_candidate_as_it_is(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install -e '.[bnb]'")
+    config = tiny.CONFIGS["llama"]()
+    # On a CPU it takes multiples of 64 only.
+    config.hidden_size, config.intermediate_size = 64, 128
+    config.num_key_value_heads, config.head_dim = 4, 16
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=settings, dtype=torch.float32
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    for name in ("dense", "packed"):
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    base = load_model(tmp_path / "dense")
+    found = compare(
+        base,
+        model_candidates(str(tmp_path / "packed"), dtype=base.dtype),
+        read_prompts("builtin", base, n_prompts=3, prefix=8),
+        new_tokens=6,
+    )
+    assert 0 < found.candidates[0].metrics.kl.value < 0.1
