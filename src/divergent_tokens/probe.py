@@ -186,7 +186,8 @@ def _head_gradients(
     Chunk by chunk, so that the vocabulary is never held for all tokens. [draw, token, hidden]
     """
     found = hidden.new_zeros((sums.n_draws, *hidden.shape))
-    n = chunk_tokens(head, hidden)
+    with torch.no_grad():
+        n = chunk_tokens(head, hidden)
     for a in range(0, len(hidden), n):
         part = hidden[a : a + n].clone().requires_grad_(True)
         sums.head_rows = torch.from_numpy(rows[a : a + n]).to(hidden.device)
