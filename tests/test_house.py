@@ -23,7 +23,8 @@ FLOORS = [
     {"fingerprints", "layers", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"candidates", "conditions"},
-    {"search"},
+    {"sensitivities"},
+    {"probe", "sweep", "search"},
     {"report"},
     {"cli", "__init__"},
 ]
@@ -140,7 +141,7 @@ def test_only_models_imports_the_loaders_of_transformers():
 
 
 def test_metrics_and_intervals_need_numpy_and_scipy_only():
-    for module in ("measure.metrics", "measure.intervals", "measure.flips"):
+    for module in ("measure.metrics", "measure.intervals", "measure.flips", "sensitivities"):
         outside = {top(name) for name in imports(FILES[module])} - set(sys.stdlib_module_names)
         assert outside - {PACKAGE} <= {"numpy", "scipy"}, module
 
