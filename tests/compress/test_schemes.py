@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from divergent_tokens.compress import schemes
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.formats import W8A8, Fp4, Fp8, PerToken
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import dequantize, quantize
 from divergent_tokens.compress.schemes import AbsMax, Magnitude, Scheme, parse_scheme
@@ -30,6 +31,11 @@ def _component(
         ("int3:asym", (AbsMax(3, "channel", symmetric=False),)),
         ("magnitude:0.5", (Magnitude(0.5),)),
         ("magnitude:0.5+int4:g64", (Magnitude(0.5), AbsMax(4, 64))),
+        ("w8a8", (W8A8(),)),
+        ("fp8", (Fp8(),)),
+        ("mxfp4", (Fp4("mxfp4"),)),
+        ("nvfp4", (Fp4("nvfp4"),)),
+        ("magnitude:0.5+w8a8", (Magnitude(0.5), W8A8())),
     ],
 )
 def test_text_and_back(text: str, steps: tuple[schemes.Step, ...]) -> None:
@@ -49,11 +55,14 @@ ABSMAX = st.builds(
     st.booleans(),
 )
 MAGNITUDE = st.builds(Magnitude, st.floats(0, 1, exclude_max=True))
+FORMAT = st.sampled_from([W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4")])
 STEPS = st.one_of(
     st.tuples(ABSMAX),
     st.tuples(MAGNITUDE),
+    st.tuples(FORMAT),
     st.tuples(ABSMAX, MAGNITUDE),
     st.tuples(MAGNITUDE, ABSMAX),
+    st.tuples(MAGNITUDE, FORMAT, ABSMAX),
 )
 
 
@@ -91,6 +100,11 @@ def test_every_scheme_round_trips(steps: tuple[schemes.Step, ...]) -> None:
         ("magnitude:nan", "expected a number"),
         ("magnitude:50%", "expected a number"),
         ("int8+int4", "two steps of the kind 'int'"),
+        ("w8a8:g64", "'w8a8:g64' says too much; 'w8a8' has nothing to choose"),
+        ("mxfp8", "did you mean 'mxfp4'"),
+        ("w8a8+fp8", "quantizes a component's inputs twice, by w8a8 and by fp8"),
+        ("fp8+fp8", "two steps of the kind 'fp8'"),
+        ("fp9", "Known: .*int8, .*w8a8, fp8, mxfp4, nvfp4, magnitude:0.5"),
     ],
 )
 def test_bad_texts(text: str, message: str) -> None:
@@ -142,6 +156,21 @@ def test_what_works_by_rows_gives_the_same_for_rows_together(text: str) -> None:
     together = scheme.compress(stack.flatten(0, 1), component).view_as(stack)
     apart = torch.stack([scheme.compress(weight, component) for weight in stack])
     assert torch.equal(together, apart) == scheme.by_rows
+
+
+def test_activations_are_those_of_the_step_that_has_some() -> None:
+    assert parse_scheme("int8").activations is None
+    assert parse_scheme("magnitude:0.5+mxfp4").activations is None
+    assert parse_scheme("magnitude:0.5+w8a8").activations == PerToken("w8a8")
+    assert parse_scheme("fp8").activations == PerToken("fp8")
+    assert len({parse_scheme(text).activations for text in ("fp8", "fp8+int8", "w8a8")}) == 2
+
+
+def test_inputs_of_embeddings_cannot_be_quantized() -> None:
+    embedding = Component("model.embed", "embedding", None, (64, 32), torch.bfloat16, "w")
+    parse_scheme("nvfp4").check([embedding])
+    with pytest.raises(SchemeError, match=r"w8a8 .*model\.embed looks rows up by token"):
+        parse_scheme("magnitude:0.5+w8a8").check([_component(8, 32), embedding])
 
 
 def test_steps_are_taken_in_order() -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import (
     Granularity,
@@ -69,6 +70,12 @@ class Scheme:
         """Raise SchemeError, naming a component, if the scheme does not fit one of them."""
         for step in self.steps:
             step.check(components)
+        embeddings = [c.name for c in components if c.kind == "embedding"]
+        if embeddings and self.activations is not None:
+            raise SchemeError(
+                f"{self} quantizes what goes into a product, and {embeddings[0]} looks rows up by "
+                "token; exclude it, or take a scheme of weights only, such as int8"
+            )
 
     @property
     def by_rows(self) -> bool:
@@ -206,17 +213,31 @@ def parse_scheme(text: str) -> Scheme:
     """The scheme that a line says; `str` of it gives the line back, in its canonical spelling.
 
     Raises SchemeError if a step is not known (names the nearest that is), says something out of
-    range, says a thing twice, or if the same family comes twice.
+    range, says a thing twice, if the same family comes twice, or two steps quantize the inputs.
     """
-    parts = text.strip().split("+")
-    read = [_parse_step(part.strip(), text) for part in parts]
+    read = [_parse_step(part, text) for part in _split(text)]
     families = [family for family, _ in read]
     for family in families:
         if families.count(family) > 1:
             raise SchemeError(
                 f"scheme {text!r} has two steps of the kind {family!r}; a scheme takes one of each"
             )
+    active = [str(step) for _, step in read if step.activations is not None]
+    if len(active) > 1:
+        raise SchemeError(
+            f"scheme {text!r} quantizes a component's inputs twice, by {active[0]} and by "
+            f"{active[1]}; a scheme takes one step that does"
+        )
     return Scheme(tuple(step for _, step in read))
+
+
+def _split(text: str) -> list[str]:
+    """The texts of the steps."""
+    text, parts = text.strip(), []
+    while (plus := text.find("+")) >= 0:
+        parts.append(text[:plus].strip())
+        text = text[plus + 1 :].strip()
+    return [*parts, text]
 
 
 def _parse_step(text: str, whole: str) -> tuple[str, Step]:
@@ -270,6 +291,17 @@ def _parse_magnitude(text: str) -> Magnitude:
     return Magnitude(share)
 
 
+def _only(text: str, step: Step) -> Callable[[str], Step]:
+    """Reads a step that has nothing to choose."""
+
+    def parse(found: str) -> Step:
+        if found != text:
+            raise SchemeError(f"{found!r} says too much; {text!r} has nothing to choose")
+        return step
+
+    return parse
+
+
 @dataclass(frozen=True)
 class _Family:
     """One kind of step: which text is its own, and how it reads it."""
@@ -288,6 +320,10 @@ _FAMILIES = (
         re.compile(r"int(0|[1-9]\d*)"),
         _parse_absmax,
         (*(f"int{bits}" for bits in range(2, 9)), "int8:tensor", "int4:g64", "int4:g64:asym"),
+    ),
+    *(
+        _Family(str(step), re.compile(str(step)), _only(str(step), step), (str(step),))
+        for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"))
     ),
     _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
 )
