@@ -1,7 +1,7 @@
 """Per-token scores of a model on the base's completions, from one teacher-forced pass."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,23 @@ def score(
 
     Raises ModelError where the candidate's numbers are not finite, naming the module.
     """
-    arrays = _empty(completions)
     size = BatchSize(states.batch_size)
-    for batch, rows in hidden_batches(model, head, completions, size, name, progress):
+    batches = hidden_batches(model, head, completions, size, name, progress)
+    return score_hidden(batches, model, head, completions, base_head, states)
+
+
+@torch.no_grad()
+def score_hidden(
+    batches: Iterable[tuple[Sequence[int], list[Tensor]]],
+    model: Model,
+    head: Head,
+    completions: Completions,
+    base_head: Head,
+    states: States,
+) -> TokenScores:
+    """Scores of a candidate whose hidden states come batch by batch, as of `hidden_batches`."""
+    arrays = _empty(completions)
+    for batch, rows in batches:
         # Tokens of a whole batch together, so that a chunk of the head is never a short prompt.
         base_hidden = torch.cat([states.of(prompt, model.device) for prompt in batch])
         _score_rows(arrays, completions, batch, head, torch.cat(rows), base_head, base_hidden)

@@ -117,20 +117,31 @@ def hidden_batches(
 
     def run(batch: Sequence[int]) -> list[Tensor]:
         ids = padded([sequences[i] for i in batch], model.device)
-        hidden = head.hidden(ids)
-        rows = []
-        for row, i in enumerate(batch):
-            start = len(completions.prompts.prompts[i].ids) - 1  # position t − 1 predicts token t
-            rows.append(hidden[row, start : len(sequences[i]) - 1])
-        for states in rows:
-            if not torch.isfinite(states).all():
-                raise ModelError(not_finite(model, ids))
-        return rows
+        return completion_states(model, completions, batch, ids, head.hidden(ids))
 
     for batch, rows in run_batches(order, batch_size, run):
         yield batch, rows
         done += sum(len(sequences[i]) for i in batch)
         progress(stage, done, total, "tokens")
+
+
+def completion_states(
+    model: Model, completions: Completions, batch: Sequence[int], ids: Tensor, hidden: Tensor
+) -> list[Tensor]:
+    """Of hidden states [prompt, token, hidden] those that predict each completion.
+
+    Raises ModelError, naming the module, where they are not finite.
+    """
+    starts = [len(completions.prompts.prompts[i].ids) - 1 for i in batch]
+    # Position t − 1 predicts token t.
+    rows = [
+        hidden[row, start : start + int(completions.lengths[i])]
+        for row, (i, start) in enumerate(zip(batch, starts, strict=True))
+    ]
+    for states in rows:
+        if not torch.isfinite(states).all():
+            raise ModelError(not_finite(model, ids))
+    return rows
 
 
 def not_finite(model: Model, ids: Tensor) -> str:
