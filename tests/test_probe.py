@@ -11,6 +11,7 @@ import runs
 import tiny
 from divergent_tokens import probe as probe_module
 from divergent_tokens.compress.components import find_components, weight_of
+from divergent_tokens.compress.expert_forward import open_experts
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import ModelError, SchemeError
 from divergent_tokens.measure.completions import complete
@@ -192,6 +193,37 @@ def test_quantized_inputs_count_too(text):
             hook.remove()
             logps.gather(-1, labels[:, None]).sum().backward()
             assert found.draws[i, 0, p, 0] == pytest.approx(share.grad.item(), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["w8a8", "int4"])
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
+def test_an_experts_draw_is_the_slope_of_swapping_that_expert(architecture, text):
+    base = runs.changed(runs.model(architecture), lambda network: None)
+    scheme = parse_scheme(text)
+    components = find_components(base.network, include=["*.0.mlp.experts.*"])
+    completions = completed(base)
+    # Alone, as below: in another batch an input next to a rounding boundary may fall beyond it.
+    found = probe(base, components, [scheme], completions, batch_size=1)
+    for i, component in enumerate(components):
+        weight = weight_of(base.network, component).clone()
+        changed = scheme.compress(weight, component)
+        for p in range(len(completions.prompts)):
+            share = torch.zeros(1, requires_grad=True)
+
+            def mixed(inputs, times, share=share, i=i, weight=weight, changed=changed):
+                out = times(inputs.x)
+                if inputs.part != components[i].name.rpartition(".")[2]:
+                    return out
+                x = inputs.x.detach()
+                quantized = x if scheme.activations is None else scheme.activations.quantize(x)
+                dz = quantized @ changed.t() - x @ weight.t()
+                return out + share * dz * (inputs.experts == components[i].expert)[:, None]
+
+            with open_experts(base.network, components, mixed):
+                logps = logps_of(base.network, completions, p)
+            labels = labels_of(base, completions, p, 0)
+            logps.gather(-1, labels[:, None]).sum().backward()
+            assert found.draws[i, 0, p, 0] == pytest.approx(share.grad.item(), rel=2e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "gpt-oss"])
