@@ -1,7 +1,11 @@
 """Lending gives every bit back; what is lent is what the schemes make."""
 
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +27,12 @@ SCHEMES = [
     "int4:g8:asym",
     "magnitude:0.5",
     "magnitude:0.5+int4:g8",
+    "w8a8",
+    "fp8",
+    "magnitude:0.5+fp8",
 ]
+ACTIVE = ["w8a8", "fp8"]
+"""Those that quantize inputs."""
 
 
 def _model(architecture: str, dtype: torch.dtype = torch.float32) -> Model:
@@ -35,7 +44,18 @@ State = dict[str, tuple[int, tuple[int, ...], str]]
 
 
 def _state(model: Model) -> State:
-    """Address, strides and digest of every tensor, tied ones under each of their names."""
+    """Address, strides and digest of every tensor, tied ones under each of their names.
+
+    Nothing may hang on the modules.
+    """
+    for module in model.network.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert "forward" not in module.__dict__
+    return _tensors(model)
+
+
+def _tensors(model: Model) -> State:
     tensors = {
         **dict(model.network.named_parameters(remove_duplicate=False)),
         **dict(model.network.named_buffers(remove_duplicate=False)),
@@ -69,7 +89,7 @@ def test_every_bit_comes_back(architecture: str, dtype: torch.dtype) -> None:
                 now = weight_of(lent.network, component)
                 assert torch.equal(now, scheme.compress(original, component)), component.name
                 assert not torch.equal(now, original), component.name
-            during = _state(model)
+            during = _tensors(model)
         assert _state(model) == before
         changed = {name for name in before if during[name] != before[name]}
         assert changed == {c.parameter for c in components}
@@ -82,10 +102,11 @@ def test_every_bit_comes_back_after_a_failure(
 ) -> None:
     model = _model(architecture)
     before = _state(model)
-    plan = uniform_plan(find_components(model.network), parse_scheme("int4"))
-    with pytest.raises(failure), lent_plan(model, plan):
-        raise failure
-    assert _state(model) == before
+    for text in ("int4", *ACTIVE):
+        plan = uniform_plan(find_components(model.network), parse_scheme(text))
+        with pytest.raises(failure), lent_plan(model, plan):
+            raise failure
+        assert _state(model) == before
 
 
 def test_every_bit_comes_back_if_lending_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +122,7 @@ def test_every_bit_comes_back_if_lending_itself_fails(monkeypatch: pytest.Monkey
         return compress(self, weight, component)
 
     monkeypatch.setattr(Scheme, "compress", interrupted)
-    plan = uniform_plan(find_components(model.network), parse_scheme("int8"))
+    plan = uniform_plan(find_components(model.network), parse_scheme("w8a8"))
     with pytest.raises(KeyboardInterrupt), lent_plan(model, plan):
         pytest.fail("lent in spite of the interrupt")
     assert calls == 17
@@ -239,14 +260,185 @@ def test_weights_that_are_not_in_memory_are_refused() -> None:
         apply_plan(model, plan)
 
 
+@pytest.mark.parametrize("text", ["magnitude:0.5+int4:g8", *ACTIVE])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3-moe", "gpt-oss"])
-def test_for_good_is_what_was_lent(architecture: str) -> None:
+def test_for_good_is_what_was_lent(architecture: str, text: str) -> None:
     model = _model(architecture)
-    plan = uniform_plan(find_components(model.network), parse_scheme("magnitude:0.5+int4:g8"))
+    plan = uniform_plan(find_components(model.network), parse_scheme(text))
     ids = torch.arange(12)[None]
     with torch.no_grad():
         with lent_plan(model, plan) as lent:
             expected = lent.network(ids).logits
         applied = apply_plan(model, plan)
+        gc.collect()
         assert torch.equal(applied.network(ids).logits, expected)
     assert applied == replace(model, reference=lent.reference, fingerprint=lent.fingerprint)
+
+
+# --- inputs ---
+
+Calls = dict[str, tuple[tuple[Any, ...], torch.Tensor]]
+
+
+@contextmanager
+def _watched(model: Model) -> Iterator[Calls]:
+    """What went into each module at first, before any other hook, and what came out of it."""
+    calls: Calls = {}
+    hooks = []
+    for name, module in model.network.named_modules():
+
+        def before(_module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+            calls[name] = (inputs, torch.empty(0))
+
+        def after(_module: nn.Module, _inputs: Any, output: torch.Tensor, name: str = name) -> None:
+            calls[name] = (calls[name][0], output)
+
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("text", [*ACTIVE, "magnitude:0.5+w8a8", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "qwen3", "qwen3-moe"])
+def test_dense_modules_multiply_quantized_inputs(architecture: str, text: str) -> None:
+    model = _model(architecture)
+    scheme = parse_scheme(text)
+    components = [c for c in find_components(model.network) if c.stack_index is None]
+    originals = {c.name: weight_of(model.network, c).clone() for c in components}
+    plan = uniform_plan(components, scheme)
+    with (
+        torch.no_grad(),
+        _watched(model) as calls,
+        lent_plan(model, plan, components=components),
+    ):
+        model.network(torch.arange(12).view(2, 6))
+    for component in components:
+        inputs, output = calls[component.name]
+        x = inputs[0]
+        quantized = x if scheme.activations is None else scheme.activations.quantize(x)
+        weight = scheme.compress(originals[component.name], component)
+        bias = model.network.get_submodule(component.name).bias
+        expected = quantized @ weight.t() + (0 if bias is None else bias)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        assert scheme.activations is None or not torch.equal(x, quantized)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
+def test_experts_multiply_quantized_inputs_each_by_its_own_scheme(architecture: str) -> None:
+    model = _model(architecture)
+    texts = ["w8a8", "fp8", "int8", None]
+    experts = [c for c in find_components(model.network) if c.stack_index is not None]
+    plan = {c: texts[(c.expert or 0) if "up" in c.name else 1 - (c.expert or 0)] for c in experts}
+    schemes = {c.name: parse_scheme(text) for c, text in plan.items() if text is not None}
+    with torch.no_grad(), _watched(model) as calls, lent_plan(model, Plan(schemes)):
+        model.network(torch.arange(12).view(2, 6))
+        weights = {c.name: weight_of(model.network, c).clone() for c in experts}
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.mlp.experts"
+        inputs, output = calls[name]
+        module = model.network.get_submodule(name)
+        expected = _slow_experts(name, module, weights, schemes, *inputs)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        plain = _slow_experts(name, module, weights, {}, *inputs)
+        assert not torch.allclose(output, plain, rtol=1e-4, atol=1e-4)
+
+
+def _slow_experts(
+    name: str,
+    module: Any,
+    weights: dict[str, torch.Tensor],
+    schemes: dict[str, Scheme],
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    """Token by token and expert by expert."""
+
+    def times(expert: int, part: str, x: torch.Tensor) -> torch.Tensor:
+        scheme = schemes.get(f"{name}.{expert}.{part}")
+        if scheme is not None and scheme.activations is not None:
+            x = scheme.activations.quantize(x)
+        out = weights[f"{name}.{expert}.{part}"] @ x
+        if not module.has_bias:
+            return out
+        if part == "down_proj":
+            return out + module.down_proj_bias[expert]
+        return out + module.gate_up_proj_bias[expert][int(part == "up_proj") :: 2]
+
+    found = torch.zeros_like(hidden)
+    for token, x in enumerate(hidden):
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            both = [times(expert, part, x) for part in ("gate_proj", "up_proj")]
+            joined = torch.cat(both) if module.is_concatenated else torch.stack(both, -1).flatten()
+            inner = module._apply_gate(joined[None])[0]
+            found[token] += share * times(expert, "down_proj", inner)
+    return found
+
+
+def test_inputs_that_are_lent_twice_are_quantized_twice() -> None:
+    model = _model("llama")
+    name = "model.layers.0.mlp.up_proj"
+    fp8, w8a8 = (parse_scheme(text) for text in ACTIVE[::-1])
+    before = _state(model)
+    ids = torch.arange(12)[None]
+    with (
+        torch.no_grad(),
+        _watched(model) as calls,
+        lent_plan(model, Plan({name: fp8})) as outer,
+    ):
+        once = model.network(ids).logits
+        with lent_plan(outer, Plan({name: w8a8})):
+            model.network(ids)
+            weight = model.network.get_submodule(name).weight.clone()
+        (x,), output = calls[name]
+        assert torch.equal(model.network(ids).logits, once)
+    assert fp8.activations is not None
+    assert w8a8.activations is not None
+    quantized = w8a8.activations.quantize(fp8.activations.quantize(x))
+    torch.testing.assert_close(output, quantized @ weight.t())
+    assert _state(model) == before
+
+
+def test_a_head_may_quantize_its_inputs_and_an_embedding_not() -> None:
+    model = _model("llama")
+    components = find_components(model.network, include=["lm_head", "*embed_tokens"])
+    plan = Plan({"lm_head": parse_scheme("w8a8")})
+    with torch.no_grad(), _watched(model) as calls, lent_plan(model, plan, components=components):
+        model.network(torch.arange(12)[None])
+        weight = model.network.lm_head.weight.clone()
+    (x,), output = calls["lm_head"]
+    quantized = parse_scheme("w8a8").activations
+    assert quantized is not None
+    torch.testing.assert_close(output, quantized.quantize(x) @ weight.t())
+    with (
+        pytest.raises(SchemeError, match=r"w8a8 .*model\.embed_tokens looks rows up"),
+        lent_plan(model, uniform_plan(components, parse_scheme("w8a8")), components=components),
+    ):
+        pytest.fail("lent")
+
+
+def test_modules_that_share_a_matrix_both_quantize_their_inputs() -> None:
+    model = _model("llama")
+    first, second = model.network.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    plan = Plan({"model.layers.0.mlp.up_proj": parse_scheme("fp8")})
+    with torch.no_grad(), _watched(model) as calls, lent_plan(model, plan):
+        model.network(torch.arange(12)[None])
+        weight = first.mlp.up_proj.weight.clone()
+    activations = parse_scheme("fp8").activations
+    assert activations is not None
+    for layer in (0, 1):
+        (x,), output = calls[f"model.layers.{layer}.mlp.up_proj"]
+        torch.testing.assert_close(output, activations.quantize(x) @ weight.t())
+
+
+def test_experts_of_a_class_that_declares_nothing_are_refused_before_anything_is_changed() -> None:
+    model = _model("qwen3-moe")
+    before = _state(model)
+    model.network.model.layers[1].mlp.experts.has_bias = None
+    components = find_components(model.network)
+    for use in (apply_plan, lambda *args: lent_plan(*args).__enter__()):
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts"):
+            use(model, uniform_plan(components, parse_scheme("w8a8")))
+        assert _state(model) == before

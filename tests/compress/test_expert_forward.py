@@ -75,6 +75,35 @@ def test_outputs_that_are_changed_change_the_logits():
         assert not torch.allclose(logits(network, ids), own, atol=1e-2)
 
 
+def test_opened_twice_both_happen_the_older_first():
+    network = runs.model("qwen3-moe").network
+    ids = torch.arange(4, 24).view(2, 10)
+    seen = []
+
+    def doubled(inputs, times):
+        seen.append("old")
+        return times(2 * inputs.x)
+
+    def watched(inputs, times):
+        seen.append(inputs.x)
+        return times(inputs.x)
+
+    components = [c for c in find_components(network) if ".0.mlp" in c.name]
+    with open_experts(network, components, watched):
+        logits(network, ids)
+        single = seen[0]
+        seen.clear()
+    with open_experts(network, components, doubled):
+        expected = logits(network, ids)
+        seen.clear()
+        with open_experts(network, components, watched):
+            assert torch.equal(logits(network, ids), expected)
+        assert seen[0] == "old"
+        assert torch.equal(seen[1], 2 * single)
+        assert torch.equal(logits(network, ids), expected)
+    assert not any("forward" in module.__dict__ for module in network.modules())
+
+
 def test_they_go_away_after_an_exception():
     network = runs.model("qwen3-moe").network
     with pytest.raises(KeyboardInterrupt), open_experts(network, find_components(network), plain):

@@ -87,6 +87,13 @@ def test_inputs_have_a_scale_for_each_token_in_any_shape(kind: str, dtype: torch
     assert PerToken(kind).quantize(x[:0]).shape == (0, 4, 16)
 
 
+def test_gradients_pass_as_if_nothing_was_rounded() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    factors = torch.arange(24.0).view(3, 8)
+    (gradient,) = torch.autograd.grad((PerToken("fp8").quantize(x) * factors).sum(), x)
+    assert torch.equal(gradient, factors)
+
+
 # --- compressed-tensors' own ---
 
 

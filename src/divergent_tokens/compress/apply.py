@@ -1,9 +1,14 @@
-"""A plan carried out on a model's weights: lent, every bit coming back, or for good."""
+"""A plan carried out on a model: lent, every bit coming back, or for good.
+
+Weights get other values; where a scheme quantizes inputs too, they are changed on their way into
+the component's module each time that it runs.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component, component_view, find_components
+from divergent_tokens.compress.expert_forward import ExpertInputs, keep_open
 from divergent_tokens.compress.plan import Plan, check_plan
+from divergent_tokens.compress.schemes import Activations
 from divergent_tokens.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,17 +29,19 @@ if TYPE_CHECKING:
 def lent_plan(
     model: "Model", plan: Plan, *, components: Sequence[Component] | None = None
 ) -> "Iterator[Model]":
-    """The model with its weights compressed, as long as the context lasts.
+    """The model with the plan's components compressed, as long as the context lasts.
 
     The network is the same object: whoever else holds it sees the change. Afterwards, and after
     any exception or interrupt, every parameter has its own storage back, so nothing can have been
-    rounded. The memory of the touched parameters is needed twice. Lending may be nested.
+    rounded, and inputs go in as they are. The memory of the touched parameters is needed twice.
+    Lending may be nested.
 
     `components`, if known already, saves finding them again. Raises SchemeError or ModelError
     before anything is changed, if the plan does not fit.
     """
     holders = _holders(model.network, plan, components)
     with ExitStack() as stack:  # gives back the rest too if giving back is interrupted
+        _quantize_inputs(stack, model.network, holders, plan)
         for parameter, held in holders:
             compressed = _compressed(parameter, held, plan)
             stack.callback(setattr, parameter, "data", parameter.data)
@@ -43,12 +52,16 @@ def lent_plan(
 def apply_plan(
     model: "Model", plan: Plan, *, components: Sequence[Component] | None = None
 ) -> "Model":
-    """The model with its weights compressed for good, in the same network.
+    """The model with the plan's components compressed for good, in the same network.
 
     One parameter at a time, so that no more memory is needed than for the largest. Raises before
     anything is changed if the plan does not fit; after an interrupt load the model again.
     """
-    for parameter, held in _holders(model.network, plan, components):
+    holders = _holders(model.network, plan, components)
+    with ExitStack() as stack:
+        _quantize_inputs(stack, model.network, holders, plan)
+        stack.pop_all()  # it is not closed: they stay
+    for parameter, held in holders:
         parameter.data = _compressed(parameter, held, plan)
     return _renamed(model, plan)
 
@@ -101,6 +114,62 @@ def _compressed(parameter: nn.Parameter, held: list[Component], plan: Plan) -> T
         compressed = plan.schemes[component.name].compress(weight, component)
         component_view(storage, component).copy_(compressed)
     return storage
+
+
+# --- inputs ---
+
+
+def _quantize_inputs(
+    stack: ExitStack, network: PreTrainedModel, holders: Sequence[_Holder], plan: Plan
+) -> None:
+    """Quantize what goes into the components whose scheme says so, until the stack is closed."""
+    active: list[tuple[nn.Parameter, Component, Activations]] = []
+    for parameter, held in holders:
+        for component in held:
+            activations = plan.schemes[component.name].activations
+            if activations is not None:
+                active.append((parameter, component, activations))
+    if not active:
+        return
+    users: dict[int, list[nn.Module]] = {}  # of each weight; several where modules share it
+    for module in network.modules():
+        users.setdefault(id(module._parameters.get("weight")), []).append(module)
+    stacked: dict[tuple[str, str], dict[Activations, Tensor]] = {}
+    for parameter, component, activations in active:
+        if component.stack_index is None:
+            for module in users[id(parameter)]:
+                hook = module.register_forward_pre_hook(partial(_quantized_first, activations))
+                stack.callback(hook.remove)
+            continue
+        masks = stacked.setdefault(_part_of_stack(component), {})
+        none = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+        masks.setdefault(activations, none)[component.stack_index] = True
+    keep_open(stack, network, [c for _, c, _ in active], partial(_quantized_rows, stacked))
+
+
+def _part_of_stack(component: Component) -> tuple[str, str]:
+    """The module that holds the component's expert among others, and gate, up or down."""
+    return component.parameter.rpartition(".")[0], component.name.rpartition(".")[2]
+
+
+def _quantized_first(
+    activations: Activations, _module: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """A module's inputs, the first of them quantized."""
+    return (activations.quantize(inputs[0]), *inputs[1:])
+
+
+def _quantized_rows(
+    stacked: Mapping[tuple[str, str], Mapping[Activations, Tensor]],
+    inputs: ExpertInputs,
+    times: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The product of a part of all experts, the rows of those whose mask says so quantized."""
+    x = inputs.x  # [row, in]
+    for activations, experts in stacked.get((inputs.stack, inputs.part), {}).items():
+        chosen = experts[inputs.experts][:, None]
+        x = torch.where(chosen, activations.quantize(inputs.x), x)
+    return times(x)
 
 
 def _renamed(model: "Model", plan: Plan) -> "Model":

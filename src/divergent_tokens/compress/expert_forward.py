@@ -7,7 +7,7 @@ the module (`use_experts_implementation`); nothing else of the network runs diff
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,21 +51,40 @@ def open_experts(
     Weights take no gradient there, inputs do. Raises ModelError for a class that does not declare
     how it computes.
     """
-    names = {c.parameter.rpartition(".")[0] for c in components if c.stack_index is not None}
     with ExitStack() as stack:
-        for name in sorted(names):
-            module = network.get_submodule(name)
-            _check_declared(name, module)
-            pieces = {piece.part: piece for piece in expert_slices(module) if piece.index == 0}
-            before = module.__dict__.get("forward")
-            module.forward = partial(_forward, module, name, pieces, product)
-            stack.callback(_restore, module, before)
+        keep_open(stack, network, components, product)
         yield
+
+
+def keep_open(
+    stack: ExitStack, network: PreTrainedModel, components: Sequence[Component], product: Product
+) -> None:
+    """As `open_experts`, until the stack is closed, which may be never.
+
+    Where experts are open already, both products happen: the older one first.
+    """
+    names = {c.parameter.rpartition(".")[0] for c in components if c.stack_index is not None}
+    for name in sorted(names):
+        module = network.get_submodule(name)
+        _check_declared(name, module)
+        pieces = {piece.part: piece for piece in expert_slices(module) if piece.index == 0}
+        before = module.__dict__.get("forward")
+        both = _after(before, product)
+        stack.callback(_restore, module, before)
+        module.forward = partial(_forward, module, name, pieces, both)
+
+
+def _after(before: Any, product: Product) -> Product:
+    """The product, within that of a forward which was put there earlier."""
+    if not (isinstance(before, partial) and before.func is _forward):
+        return product
+    first: Product = before.args[3]
+    return lambda inputs, times: first(inputs, lambda x: product(replace(inputs, x=x), times))
 
 
 def _restore(module: nn.Module, before: Any) -> None:
     if before is None:
-        del module.forward
+        module.__dict__.pop("forward", None)
     else:
         module.forward = before
 

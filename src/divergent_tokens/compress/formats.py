@@ -7,7 +7,7 @@ scale and rounding is made by that library's own functions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import (
@@ -37,16 +37,29 @@ class PerToken:
     format: Literal["w8a8", "fp8"]
     """`w8a8`: integers, scale absmax / 127.5; `fp8`: E4M3, scale absmax / 448."""
 
-    @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
-        """The inputs [..., in] as their codes stand for, in the same shape and dtype."""
+        """The inputs [..., in] as their codes stand for, in the same shape and dtype.
+
+        Gradients pass as if nothing had been rounded.
+        """
+        quantized: Tensor = _Rounded.apply(x, self.format)  # type: ignore[no-untyped-call]
+        return quantized
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, format: Literal["w8a8", "fp8"]) -> Tensor:
         if not x.numel():
-            return x
-        args = _settings(self.format, "input_activations")
+            return x.clone()
+        args = _settings(format, "input_activations")
         tokens = x.reshape(1, -1, x.shape[-1])  # their axes of a token are the first two
         scales, zero_points = compute_dynamic_scales_and_zp(tokens, args, torch.nn.Identity())
         quantized: Tensor = fake_quantize(tokens, scales, zero_points, args)
         return quantized.reshape(x.shape)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 @dataclass(frozen=True)
