@@ -1,0 +1,414 @@
+"""A sweep: how much harm every component does under every scheme, kept row by row in a file."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from divergent_tokens.compress.apply import lent_plan
+from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.errors import DivergentTokensError, ModelError
+from divergent_tokens.layers import decoder_layers
+from divergent_tokens.measure.batches import BatchSize, first_batch_size
+from divergent_tokens.measure.comparison import divergence_of, versions
+from divergent_tokens.measure.completions import Completions, complete
+from divergent_tokens.measure.head import Head, find_head, kept_head
+from divergent_tokens.measure.layer_runs import LayerRuns
+from divergent_tokens.measure.metrics import Divergence
+from divergent_tokens.measure.perplexity import perplexity
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.rounding import lent_rounding
+from divergent_tokens.measure.scores import TokenScores, score_base, score_hidden
+from divergent_tokens.measure.states import States, base_states, device_name
+from divergent_tokens.models import Model
+from divergent_tokens.probe import kl_of, probe
+from divergent_tokens.sensitivities import (
+    ComponentRow,
+    Method,
+    PromptRow,
+    Sensitivities,
+    Sensitivity,
+    SensitivityWriter,
+    open_sensitivities,
+    read_sensitivities,
+    resumed_run,
+)
+from divergent_tokens.store import content_key
+
+Todo = list[tuple[Component, Scheme]]
+
+
+def sweep(
+    base: Model,
+    components: Sequence[Component],
+    schemes: Sequence[Scheme],
+    prompts: PromptSet,
+    out: Path,
+    *,
+    method: Method = "probe",
+    n_draws: int = 1,
+    new_tokens: int = 128,
+    ignore_eos: bool = False,
+    text: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+    command: Sequence[str] = (),
+) -> Sensitivities:
+    """All that the file `out` holds, once every component has its row under every scheme.
+
+    What the file has already is not done again, so that a sweep that was stopped goes on, and
+    further schemes, components or the other method add their rows. The file's batch size is used
+    rather than `batch_size`. A probe's rows come all at once, at the end; measured ones one by one,
+    from the first layer on. With a `text` its perplexity is measured too.
+
+    Raises RecordError for a file that is not ours or of another run, and SchemeError where a
+    scheme does not fit a component, before any work is done.
+    """
+    if text is not None and method == "probe":
+        raise DivergentTokensError(
+            "a probe reads no text: perplexity needs the method 'measure'; choose it, or leave the "
+            "text out"
+        )
+    for scheme in schemes:
+        scheme.check(components)
+    run = _run_keys(base, prompts, new_tokens, ignore_eos, seed)
+    run |= {"n_draws": n_draws} if method == "probe" else {"text": _digest(text)}
+    resumed = resumed_run(out, run)
+    if resumed is not None and not _todo(_done(out, method), components, schemes):
+        return read_sensitivities(out)
+    completions = complete(
+        base,
+        prompts,
+        new_tokens=new_tokens,
+        ignore_eos=ignore_eos,
+        batch_size=batch_size,
+        cache=cache,
+        progress=progress,
+    )
+    size = BatchSize(batch_size) if batch_size else first_batch_size(base.device)
+    if resumed is not None:
+        size.value = resumed["batch_size"]
+    head = find_head(base.network)
+    states = base_states(base, head, completions, batch_size=size, cache=cache, progress=progress)
+    own = score_base(base, head, completions, states)
+    run |= {
+        "completions": content_key(ids=completions.ids.tolist()),
+        "batch_size": states.batch_size,
+        "command": list(command),
+    }
+    margins = [row[:n] for row, n in zip(own.margins, completions.lengths, strict=True)]
+    with open_sensitivities(
+        out, run, list(map(_component_row, components)), _prompt_rows(prompts), margins
+    ) as writer:
+        todo = _todo(writer.done(method), components, schemes)
+        if method == "probe":
+            _probe(
+                base,
+                todo,
+                completions,
+                writer,
+                n_draws=n_draws,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        else:
+            layer_runs = LayerRuns(base, head, completions, batch_size=states.batch_size)
+            kept = kept_head(head, states.of(0, base.device)[:1])
+            ground = _Ground(base, head, kept, completions, states, layer_runs, text)
+            _measure(ground, own, todo, writer, seed=seed, progress=progress)
+    return read_sensitivities(out)
+
+
+# --- all at once ---
+
+
+def _probe(
+    base: Model,
+    todo: Todo,
+    completions: Completions,
+    writer: SensitivityWriter,
+    *,
+    n_draws: int,
+    seed: int,
+    batch_size: int | None,
+    progress: Progress,
+) -> None:
+    """Rows of the probe in one transaction."""
+    started = time.perf_counter()
+    components = list(dict.fromkeys(component for component, _ in todo))
+    schemes = list(dict.fromkeys(scheme for _, scheme in todo))
+    found = probe(
+        base,
+        components,
+        schemes,
+        completions,
+        n_draws=n_draws,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    seconds = (time.perf_counter() - started) / len(todo)
+    number = {component.name: i for i, component in enumerate(components)}
+    rows = []
+    for component, scheme in todo:
+        at = number[component.name], schemes.index(scheme)
+        draws = found.draws[at]  # [prompt, draw]
+        if not np.isfinite(draws).all():
+            raise ModelError(
+                f"the probe of {component.name} under {scheme} is not finite; run the model in "
+                "another --dtype (float16 overflows where bfloat16 does not)"
+            )
+        kl, error = kl_of(draws, found.lengths)
+        row = Sensitivity(
+            component=component.name,
+            scheme=str(scheme),
+            method="probe",
+            kl=kl,
+            kl_se=error,
+            fdt=None,
+            sdt=None,
+            dppl=None,
+            acceptance=None,
+            ppl=None,
+            weight_error=float(found.weight_errors[at]),
+            n_prompts=len(draws),
+            size_bytes=scheme.size_bytes(component),
+            seconds=seconds,
+        )
+        rows.append((row, draws))
+    writer.add_all(rows)
+
+
+# --- one by one ---
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What every measured row stands on."""
+
+    base: Model
+    head: Head
+    """Of the base's network as it is at any moment."""
+    kept_head: Head
+    """The base's own, also while its weights are lent."""
+    completions: Completions
+    states: States
+    layer_runs: LayerRuns
+    text: str | None
+
+    def divergence(self, layer: int | None) -> Divergence:
+        """Of the network as it is now, which is the base's before this layer; None: nowhere."""
+        scores = score_hidden(
+            self.layer_runs.hidden(layer),
+            self.base,
+            self.head,
+            self.completions,
+            self.kept_head,
+            self.states,
+        )
+        return divergence_of(scores, self.completions)
+
+    def perplexity(self) -> float | None:
+        """Of the network as it is now on the text, conventional."""
+        if self.text is None:
+            return None
+        found = perplexity(self.base, self.head, self.text, batch_size=self.states.batch_size)
+        return float(np.exp(found.nats.mean()))
+
+    def row(self, component: Component, scheme: Scheme) -> tuple[Sensitivity, NDArray[Any]]:
+        """The measured row of a component under a scheme, and its KL in nats by prompt."""
+        before = weight_of(self.base.network, component)
+        plan = Plan({component.name: scheme})
+        with lent_plan(self.base, plan, components=[component]):
+            error = _relative_error(before, weight_of(self.base.network, component))
+            try:
+                found = self.divergence(component.layer)
+                ppl = self.perplexity()
+            except ModelError as wrong:
+                raise ModelError(
+                    f"{component.name} under {scheme}: {wrong}; or exclude the component"
+                ) from wrong
+        assert found.kl is not None
+        assert found.nats is not None
+        assert found.acceptance is not None
+        n_tokens = int(found.n_tokens.sum())
+        kl, kl_se = _ratio(found.kl, found.n_tokens)
+        row = Sensitivity(
+            component=component.name,
+            scheme=str(scheme),
+            method="measure",
+            kl=kl,
+            kl_se=kl_se,
+            fdt=float(found.fdt.mean()),
+            sdt=float(found.n_divergent.sum() / n_tokens),
+            dppl=float(np.exp(found.nats.sum() / n_tokens)),
+            acceptance=float(found.acceptance.sum() / n_tokens),
+            ppl=ppl,
+            weight_error=error,
+            n_prompts=len(found.fdt),
+            size_bytes=scheme.size_bytes(component),
+            seconds=0.0,
+        )
+        return row, found.kl
+
+
+def _measure(
+    ground: _Ground,
+    own: TokenScores,
+    todo: Todo,
+    writer: SensitivityWriter,
+    *,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Measured rows, each kept as it is finished, layer by layer from the first."""
+    if not writer.done("measure") or writer.run.get("rounding_kl") is None:
+        writer.set(**_floors(ground, own, seed))
+    todo = sorted(todo, key=lambda pair: -1 if pair[0].layer is None else pair[0].layer)
+    costs = _costs(ground, [component for component, _ in todo])
+    before = time.perf_counter()
+    for i, (component, scheme) in enumerate(todo):
+        if component.layer is not None:
+            ground.layer_runs.go_to(component.layer)
+        row, prompt_kl = ground.row(component, scheme)
+        now = time.perf_counter()
+        writer.add(dataclasses.replace(row, seconds=now - before), prompt_kl=prompt_kl)
+        before = now
+        progress("sweep", int(costs[i]), int(costs[-1]), "layers")
+
+
+def _floors(ground: _Ground, own: TokenScores, seed: int) -> dict[str, Any]:
+    """Run keys that measured rows are read against."""
+    base = divergence_of(own, ground.completions)
+    base_ppl = ground.perplexity()
+    with lent_rounding(ground.base, seed=seed):
+        rounded = ground.divergence(None)
+    assert base.nats is not None
+    assert rounded.kl is not None
+    n_tokens = base.n_tokens.sum()
+    return {
+        "rounding_kl": float(rounded.kl.sum() / n_tokens),
+        "base_dppl": float(np.exp(base.nats.sum() / n_tokens)),
+        "base_ppl": base_ppl,
+        "passes": ground.layer_runs.refusal or "from the changed layer on",
+    }
+
+
+def _costs(ground: _Ground, components: Sequence[Component]) -> NDArray[np.int64]:
+    """Layers that will have run after each row, so that the time left can be told. [row]"""
+    n_layers = len(decoder_layers(ground.base.network)[1])
+    from_the_start = ground.layer_runs.refusal is not None
+    layers = [0 if from_the_start or c.layer is None else c.layer for c in components]
+    of_text = 0.0
+    if ground.text is not None:
+        ids = ground.base.tokenizer(ground.text, add_special_tokens=False, verbose=False)
+        n_tokens = sum(map(len, ground.completions.sequences()))
+        of_text = n_layers * len(ids["input_ids"]) / n_tokens
+    found: NDArray[np.int64] = np.ceil(
+        np.cumsum([n_layers - layer + of_text for layer in layers])
+    ).astype(np.int64)
+    return found
+
+
+@torch.no_grad()
+def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """‖W′ − W‖ / ‖W‖, Frobenius, in float64; None for a matrix of zeros."""
+    norm = torch.linalg.matrix_norm
+    size = float(norm(before.double()))
+    return float(norm((after.float() - before.float()).double())) / size if size else None
+
+
+def _ratio(sums: NDArray[Any], lengths: NDArray[Any]) -> tuple[float, float | None]:
+    """Σ sums / Σ lengths, and its standard error over prompts; None for one prompt."""
+    total, n = int(lengths.sum()), len(lengths)
+    value = float(sums.sum() / total)
+    if n < 2:
+        return value, None
+    residuals = sums - value * lengths
+    return value, math.sqrt(n / (n - 1) * float(np.square(residuals).sum())) / total
+
+
+# --- what the file says of the run ---
+
+
+def _run_keys(
+    base: Model, prompts: PromptSet, new_tokens: int, ignore_eos: bool, seed: int
+) -> dict[str, Any]:
+    """All that is known before any work is done, and must be the same to go on."""
+    config = base.network.config
+    return {
+        "base": {
+            "reference": base.reference,
+            "fingerprint": base.fingerprint,
+            "model_type": config.model_type,
+            "config": json.loads(config.to_json_string(use_diff=False)),
+        },
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": device_name(base.device),
+        "versions": versions(),
+        "prompts": {
+            "source": prompts.source,
+            "digest": prompts.digest,
+            "prefix": prompts.prefix,
+            "n_prompts": len(prompts),
+            "skipped": prompts.skipped,
+            "left_out": prompts.left_out,
+        },
+        "new_tokens": new_tokens,
+        "ignore_eos": ignore_eos,
+        "seed": seed,
+    }
+
+
+def _digest(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _done(out: Path, method: Method) -> set[tuple[str, str]]:
+    rows = read_sensitivities(out).rows
+    return {(row.component, row.scheme) for row in rows if row.method == method}
+
+
+def _todo(
+    done: set[tuple[str, str]], components: Sequence[Component], schemes: Sequence[Scheme]
+) -> Todo:
+    return [
+        (component, scheme)
+        for component in components
+        for scheme in schemes
+        if (component.name, str(scheme)) not in done
+    ]
+
+
+def _component_row(component: Component) -> ComponentRow:
+    return ComponentRow(
+        name=component.name,
+        kind=component.kind,
+        layer=component.layer,
+        out_features=component.shape[0],
+        in_features=component.shape[1],
+        n_parameters=component.n_parameters,
+        base_size_bytes=component.base_size_bytes,
+    )
+
+
+def _prompt_rows(prompts: PromptSet) -> list[PromptRow]:
+    return [
+        PromptRow(i, prompt.digest, prompt.domain, prompt.language)
+        for i, prompt in enumerate(prompts.prompts)
+    ]
