@@ -259,7 +259,7 @@ def test_a_missing_an_empty_and_a_folder(tmp_path):
     with opened(tmp_path / "empty.db") as writer:
         writer.add(row())
     assert read_sensitivities(tmp_path / "empty.db").rows == (row(),)
-    with pytest.raises(RecordError, match="could not be read"):
+    with pytest.raises(RecordError, match="a folder or a device"):
         read_sensitivities(tmp_path)
     with pytest.raises(RecordError, match="cannot be written to"), opened(tmp_path / "no" / "a.db"):
         pass

@@ -364,6 +364,8 @@ _DAMAGED = "it was left as it is; name another file, or delete it to begin anew"
 
 def _is_ours(path: Path) -> bool:
     """Whether there is something in the file; RecordError if it is another program's."""
+    if path.exists() and not path.is_file():
+        raise RecordError(f"{path} is a folder or a device; name a file")
     try:
         with path.open("rb") as file:
             head = file.read(100)

@@ -1,0 +1,89 @@
+"""`dtm components`: the weight matrices that a scheme can be chosen for."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from divergent_tokens.cli.options import (
+    AllowPickle,
+    Base,
+    Cache,
+    Device,
+    Dtype,
+    Format,
+    Quiet,
+    TrustRemoteCode,
+)
+from divergent_tokens.cli.output import as_json, print_out, print_rich, progress_bar
+from divergent_tokens.cli.signals import on_signals, tidy_up
+
+if TYPE_CHECKING:
+    from divergent_tokens.compress.components import Component
+
+
+def components(
+    base: Base,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="List only components that match (glob, or re:...)."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out components that match (glob, or re:...)."),
+    ] = None,
+    format: Annotated[
+        Format, typer.Option("--format", help="How the list is printed.")
+    ] = Format.text,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cache: Cache = None,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """List a model's weight matrices: name, kind, layer, shape, parameters, bytes."""
+    from divergent_tokens.compress.components import find_components
+    from divergent_tokens.models import load_model
+    from divergent_tokens.report.components import components_markdown, components_text
+    from divergent_tokens.store import default_cache
+
+    on_signals(tidy_up)
+    with progress_bar(quiet) as progress:
+        progress(f"loading {base}", 0, 1, "")
+        model = load_model(
+            base,
+            dtype=dtype,
+            device=device,
+            cache=cache or default_cache(),
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+        progress(f"loading {base}", 1, 1, "")
+    chosen = find_components(model.network, include=include or (), exclude=exclude or ())
+    names = {component.name for component in chosen}
+    listed = chosen
+    if not include:  # the embeddings and the head are named, though only --include brings them in
+        everything = find_components(model.network, include=["*"], exclude=exclude or ())
+        listed = tuple(c for c in everything if c.name in names or c.is_end)
+    record = {
+        "base": {"reference": model.reference, "fingerprint": model.fingerprint},
+        "components": [_json(c, included=c.name in names) for c in listed],
+    }
+    if format is Format.json:
+        print_out(as_json(record) + "\n")
+    elif format is Format.markdown:
+        print_out(components_markdown(record))
+    else:
+        print_rich(components_text(record))
+
+
+def _json(component: "Component", *, included: bool) -> dict[str, Any]:
+    return {
+        "name": component.name,
+        "kind": component.kind,
+        "layer": component.layer,
+        "shape": list(component.shape),
+        "n_parameters": component.n_parameters,
+        "base_size_bytes": component.base_size_bytes,
+        "included": included,
+    }

@@ -1,0 +1,226 @@
+"""`dtm sweep`: how much harm each component does under each scheme."""
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from divergent_tokens.cli.options import (
+    AllowPickle,
+    Base,
+    BatchSize,
+    Cache,
+    Chat,
+    Device,
+    Dtype,
+    Format,
+    IgnoreEos,
+    NewTokens,
+    NPrompts,
+    Prefix,
+    Prompts,
+    Quiet,
+    Seed,
+    SkipPrompts,
+    TextField,
+    TrustRemoteCode,
+)
+from divergent_tokens.cli.output import as_json, check_out, print_out, print_rich, progress_bar
+from divergent_tokens.cli.signals import on_signals, tidy_up
+from divergent_tokens.errors import DivergentTokensError
+
+if TYPE_CHECKING:
+    from divergent_tokens.sensitivities import Sensitivities, Sensitivity
+
+N_WORST = 5
+"""Components that are named under each scheme."""
+
+
+class Method(StrEnum):
+    """How a component's harm is found out."""
+
+    probe = "probe"
+    measure = "measure"
+
+
+def sweep(
+    base: Base,
+    scheme: Annotated[
+        list[str], typer.Option(help="What is done to each component: int8, int4:g64, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="Keep the rows here; what is there is not done again.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="probe: KL of all from one backward pass; measure: one by one, all metrics."
+        ),
+    ] = Method.probe,
+    draws: Annotated[int, typer.Option(min=1, help="Sets of labels that a probe draws.")] = 1,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Measure perplexity on this text too."),
+    ] = None,
+    format: Annotated[
+        Format, typer.Option("--format", help="How the result is printed.")
+    ] = Format.text,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Sweep only components that match (glob, or re:...)."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out components that match (glob, or re:...)."),
+    ] = None,
+    prompts: Prompts = "builtin",
+    n_prompts: NPrompts = 128,
+    skip_prompts: SkipPrompts = 0,
+    prefix: Prefix = 64,
+    new_tokens: NewTokens = 128,
+    chat: Chat = False,
+    ignore_eos: IgnoreEos = False,
+    text_field: TextField = "text",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    cache: Cache = None,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Find out how much harm each component does under each scheme, on its own.
+
+    Stopped at any moment and run again, it goes on where it was. The same file takes further
+    schemes, and both methods.
+    """
+    if draws > 1 and method is Method.measure:
+        raise DivergentTokensError(
+            "--draws belongs to --method probe; nothing is drawn when components are measured"
+        )
+    if text and method is Method.probe:
+        raise DivergentTokensError(
+            "a probe reads no text; give --method measure for perplexities, or leave out --text"
+        )
+    check_out(out, text, prompts)
+
+    from divergent_tokens.compress.components import find_components
+    from divergent_tokens.compress.schemes import parse_scheme
+    from divergent_tokens.measure.perplexity import read_text
+    from divergent_tokens.measure.prompts import read_prompts
+    from divergent_tokens.models import load_model
+    from divergent_tokens.sensitivities import resumed_run
+    from divergent_tokens.store import default_cache
+    from divergent_tokens.sweep import sweep as sweep_all
+
+    on_signals(tidy_up)
+    # Whatever can be said without the model is said before it is loaded.
+    schemes = list(dict.fromkeys(map(parse_scheme, scheme)))
+    given_text = read_text(text) if text else None
+    resumed_run(out, {"seed": seed, "new_tokens": new_tokens, "ignore_eos": ignore_eos})
+    cache = cache or default_cache()
+    with progress_bar(quiet) as progress:
+        progress(f"loading {base}", 0, 1, "")
+        model = load_model(
+            base,
+            dtype=dtype,
+            device=device,
+            cache=cache,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+        progress(f"loading {base}", 1, 1, "")
+        components = find_components(model.network, include=include or (), exclude=exclude or ())
+        found = sweep_all(
+            model,
+            components,
+            schemes,
+            read_prompts(
+                prompts,
+                model,
+                n_prompts=n_prompts,
+                prefix=prefix,
+                skip=skip_prompts,
+                chat=chat,
+                text_field=text_field,
+                seed=seed,
+                cache=cache,
+                progress=progress,
+            ),
+            out,
+            method=method.value,
+            n_draws=draws,
+            new_tokens=new_tokens,
+            ignore_eos=ignore_eos,
+            text=given_text,
+            seed=seed,
+            batch_size=batch_size,
+            cache=cache,
+            progress=progress,
+            command=["dtm", *sys.argv[1:]],
+        )
+    names = {component.name for component in components}
+    rows = [row for row in found.rows if row.method == method.value and row.component in names]
+    record = _record(found, rows, list(map(str, schemes)), method)
+    _print_sweep(record, format)
+
+
+def _record(
+    found: "Sensitivities", rows: "Sequence[Sensitivity]", schemes: Sequence[str], method: Method
+) -> dict[str, Any]:
+    """What was swept by this command, scheme by scheme."""
+    run = found.run
+    return {
+        "file": str(found.path),
+        "base": {name: run["base"][name] for name in ("reference", "fingerprint")},
+        "dtype": run["dtype"],
+        "device": run["device"],
+        "prompts": run["prompts"],
+        "new_tokens": run["new_tokens"],
+        "method": method.value,
+        "n_draws": run.get("n_draws") if method is Method.probe else None,
+        "rounding_kl": found.rounding_kl,
+        "passes": run.get("passes") if method is Method.measure else None,
+        "schemes": [
+            _scheme_json(found, scheme, [row for row in rows if row.scheme == scheme])
+            for scheme in schemes
+        ],
+    }
+
+
+def _scheme_json(
+    found: "Sensitivities", scheme: str, rows: "Sequence[Sensitivity]"
+) -> dict[str, Any]:
+    base_bytes = {component.name: component.base_size_bytes for component in found.components}
+    worst = sorted(rows, key=lambda row: row.kl, reverse=True)[:N_WORST]
+    return {
+        "scheme": scheme,
+        "n_components": len(rows),
+        "size_bytes": sum(row.size_bytes for row in rows),
+        "base_size_bytes": sum(base_bytes[row.component] for row in rows),
+        "kl_sum": sum(row.kl for row in rows),
+        "n_below_rounding": sum(map(found.below_rounding, rows)),
+        "seconds": sum(row.seconds for row in rows),
+        "worst": [
+            {
+                "component": row.component,
+                "kl": row.kl,
+                "kl_se": row.kl_se,
+                "below_rounding": found.below_rounding(row),
+            }
+            for row in worst
+        ],
+    }
+
+
+def _print_sweep(record: dict[str, Any], format: Format) -> None:
+    from divergent_tokens.report.sweep import sweep_markdown, sweep_text
+
+    if format is Format.json:
+        print_out(as_json(record) + "\n")
+    elif format is Format.markdown:
+        print_out(sweep_markdown(record))
+    else:
+        print_rich(sweep_text(record))

@@ -1,0 +1,86 @@
+"""A model's components, for a terminal and as Markdown; records in, runs no model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from divergent_tokens.report.numbers import MISSING
+from divergent_tokens.report.tables import escaped, harmless, markdown_table, table
+
+Record = Mapping[str, Any]
+Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Column names, rows of cells, and a heading."""
+
+_COLUMNS = ("name", "kind", "layer", "[out, in]", "parameters", "bytes")
+_TOTALS = ("kind", "components", "parameters", "bytes")
+
+
+def components_text(record: Record) -> RenderableType:
+    """All components, then totals by kind."""
+    record = harmless(record)
+    parts: list[RenderableType] = [Text(_title(record))]
+    parts += [table(*section) for section in _sections(record)]
+    parts += [Text(f"\n• {note}") for note in _notes(record)]
+    return Group(*parts)
+
+
+def components_markdown(record: Record) -> str:
+    """The same as Markdown."""
+    record = harmless(record)
+    lines = [escaped(_title(record))]
+    for columns, rows, heading in _sections(record):
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
+    lines += [line for note in _notes(record) for line in ("", f"- {escaped(note)}")]
+    return "\n".join(lines) + "\n"
+
+
+def _included(record: Record) -> list[Record]:
+    return [component for component in record["components"] if component["included"]]
+
+
+def _title(record: Record) -> str:
+    included = _included(record)
+    n_parameters, size = _sums(included)
+    return (
+        f"{record['base']['reference']}: {len(included)} components, {n_parameters:,} parameters, "
+        f"{size:,} bytes"
+    )
+
+
+def _sums(components: Sequence[Record]) -> tuple[int, int]:
+    n_parameters = sum(component["n_parameters"] for component in components)
+    return n_parameters, sum(component["base_size_bytes"] for component in components)
+
+
+def _sections(record: Record) -> Iterator[Section]:
+    yield _COLUMNS, [_row(component) for component in record["components"]], "Components"
+    included = _included(record)
+    rows = []
+    for kind in dict.fromkeys(component["kind"] for component in included):
+        members = [component for component in included if component["kind"] == kind]
+        n_parameters, size = _sums(members)
+        rows.append([kind, str(len(members)), f"{n_parameters:,}", f"{size:,}"])
+    yield _TOTALS, rows, "By kind"
+
+
+def _row(component: Record) -> list[str]:
+    n_out, n_in = component["shape"]
+    return [
+        component["name"],
+        component["kind"] + ("" if component["included"] else " (left out)"),
+        MISSING if component["layer"] is None else str(component["layer"]),
+        f"[{n_out}, {n_in}]",
+        f"{component['n_parameters']:,}",
+        f"{component['base_size_bytes']:,}",
+    ]
+
+
+def _notes(record: Record) -> Iterator[str]:
+    left_out = [c["name"] for c in record["components"] if not c["included"]]
+    if left_out:
+        yield (
+            f"Left out unless --include names them: {', '.join(left_out)}. Bytes are 16 bits a "
+            "weight, or what the checkpoint stores if it is less."
+        )

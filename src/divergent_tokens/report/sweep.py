@@ -1,0 +1,90 @@
+"""What a sweep found, for a terminal and as Markdown; records in, runs no model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from divergent_tokens.report.numbers import number, percent
+from divergent_tokens.report.tables import escaped, harmless, markdown_table, table
+
+Record = Mapping[str, Any]
+Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Column names, rows of cells, and a heading."""
+
+
+def sweep_text(record: Record) -> RenderableType:
+    """The sweep for a terminal: title, schemes, the components with the most KL, notes."""
+    record = harmless(record)
+    parts: list[RenderableType] = [Text(title(record))]
+    parts += [table(*section) for section in _sections(record)]
+    parts.append(Text())
+    parts += [Text(f"• {note}") for note in notes(record)]
+    return Group(*parts)
+
+
+def sweep_markdown(record: Record) -> str:
+    """The same as Markdown."""
+    record = harmless(record)
+    lines = [escaped(title(record))]
+    for columns, rows, heading in _sections(record):
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
+    lines += ["", *(f"- {escaped(note)}" for note in notes(record))]
+    return "\n".join(lines) + "\n"
+
+
+def title(record: Record) -> str:
+    """What was swept, on what."""
+    prompts = record["prompts"]
+    start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
+    how = "measured one by one"
+    if record["method"] == "probe":
+        n = record["n_draws"]
+        how = f"probed with {n} draw{'' if n == 1 else 's'} a prompt"
+    return (
+        f"{record['base']['reference']} ({record['dtype']}, {record['device']}), components {how} "
+        f"on {prompts['n_prompts']} prompts of {start} from {prompts['source']}, "
+        f"{record['new_tokens']} new tokens"
+    )
+
+
+def _sections(record: Record) -> Iterator[Section]:
+    rows = [
+        [
+            scheme["scheme"],
+            str(scheme["n_components"]),
+            percent(scheme["size_bytes"] / scheme["base_size_bytes"]),
+            number(scheme["kl_sum"]),
+            number(scheme["seconds"]),
+        ]
+        for scheme in record["schemes"]
+    ]
+    yield ("scheme", "components", "bytes", "sum of KL", "seconds"), rows, "Schemes"
+    for scheme in record["schemes"]:
+        rows = [
+            [
+                worst["component"],
+                ("≈ " if worst["below_rounding"] else "") + number(worst["kl"]),
+                "" if worst["kl_se"] is None else f"± {number(worst['kl_se'], 2)}",
+                percent(worst["kl"] / scheme["kl_sum"]) if scheme["kl_sum"] else "",
+            ]
+            for worst in scheme["worst"]
+        ]
+        yield ("component", "KL", "", "of the sum"), rows, f"Most KL under {scheme['scheme']}"
+
+
+def notes(record: Record) -> Iterator[str]:
+    """What a reader must know to read the numbers rightly."""
+    yield "KL: nats per token, of one component on its own; ± its standard error over prompts."
+    for scheme in record["schemes"]:
+        if scheme["n_below_rounding"]:
+            yield (
+                f"≈ {scheme['n_below_rounding']} of {scheme['n_components']} KLs under "
+                f"{scheme['scheme']} were measured below three times the rounding floor "
+                f"({number(record['rounding_kl'])}) and are rounding rather than harm; the probe "
+                "(--method probe) sees them."
+            )
+    if record["passes"] not in (None, "from the changed layer on"):
+        yield f"Every row took a full pass: this network cannot start midway ({record['passes']})."
+    yield f"Rows are kept in {record['file']}; dtm search reads it."
