@@ -1,7 +1,5 @@
 """The probe against slow ways of computing the same: gradients of weights, and all labels."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -337,4 +335,4 @@ def test_kl_by_hand():
     assert kl == pytest.approx((1 + 0.5) / 5)
     residuals = np.array([1 - 0.3 * 2, 0.5 - 0.3 * 3])
     assert error == pytest.approx(np.sqrt(2 * (residuals**2).sum()) / 5)
-    assert math.isnan(kl_of(draws[:1], np.array([2]))[1])
+    assert kl_of(draws[:1], np.array([2]))[1] is None

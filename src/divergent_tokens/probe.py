@@ -12,7 +12,6 @@ All components' s come from the same backward pass, which needs no gradient of a
 """
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +35,7 @@ from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.measure.intervals import pooled
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.scores import chunk_tokens
 from divergent_tokens.measure.states import by_length
@@ -110,20 +110,13 @@ def probe(
     )
 
 
-def kl_of(draws: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[float, float]:
+def kl_of(draws: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[float, float | None]:
     """KL in nats per token, and its standard error over prompts, from s [prompt, draw].
 
-    Σ s² / (2 Σ L), draws averaged within a prompt first; the error is that of a ratio of sums. For
-    a plan give the sum of its components' s: interactions are in it (E[s_i s_j] / L).
+    Σ s² / (2 Σ L), draws averaged within a prompt first. For a plan give the sum of its components'
+    s: interactions are in it (E[s_i s_j] / L).
     """
-    per_prompt = 0.5 * np.square(draws.astype(np.float64)).mean(-1)  # nats of each completion
-    total = int(lengths.sum())
-    kl = float(per_prompt.sum() / total)
-    n = len(lengths)
-    if n < 2:
-        return kl, math.nan
-    residuals = per_prompt - kl * lengths
-    return kl, float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / total)
+    return pooled(0.5 * np.square(draws.astype(np.float64)).mean(-1), lengths)
 
 
 # --- one batch ---

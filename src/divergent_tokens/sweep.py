@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import divergence_of, versions
 from divergent_tokens.measure.completions import Completions, complete
 from divergent_tokens.measure.head import Head, find_head, kept_head
+from divergent_tokens.measure.intervals import pooled
 from divergent_tokens.measure.layer_runs import LayerRuns
 from divergent_tokens.measure.metrics import Divergence
 from divergent_tokens.measure.perplexity import perplexity
@@ -247,7 +247,7 @@ class _Ground:
         assert found.nats is not None
         assert found.acceptance is not None
         n_tokens = int(found.n_tokens.sum())
-        kl, kl_se = _ratio(found.kl, found.n_tokens)
+        kl, kl_se = pooled(found.kl, found.n_tokens)
         row = Sensitivity(
             component=component.name,
             scheme=str(scheme),
@@ -331,16 +331,6 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float | None:
     norm = torch.linalg.matrix_norm
     size = float(norm(before.double()))
     return float(norm((after.float() - before.float()).double())) / size if size else None
-
-
-def _ratio(sums: NDArray[Any], lengths: NDArray[Any]) -> tuple[float, float | None]:
-    """Σ sums / Σ lengths, and its standard error over prompts; None for one prompt."""
-    total, n = int(lengths.sum()), len(lengths)
-    value = float(sums.sum() / total)
-    if n < 2:
-        return value, None
-    residuals = sums - value * lengths
-    return value, math.sqrt(n / (n - 1) * float(np.square(residuals).sum())) / total
 
 
 # --- what the file says of the run ---

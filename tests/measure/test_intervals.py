@@ -17,6 +17,7 @@ from divergent_tokens.measure.intervals import (
     estimate_ratio,
     holm,
     median_fdt,
+    pooled,
     sign_flip_p_value,
     survival,
 )
@@ -571,3 +572,11 @@ def test_holm_rejects_what_stepping_down_rejects(p):
     corrected = holm(p)
     assert {j for j, x in enumerate(corrected) if x <= level} == rejected
     assert all(x >= y for x, y in zip(corrected, p, strict=True))
+
+
+def test_a_pooled_ratio_and_its_error_by_hand():
+    value, error = pooled([1.0, 0.5], [2, 3])
+    assert value == pytest.approx(0.3)
+    residuals = np.array([1 - 0.3 * 2, 0.5 - 0.3 * 3])
+    assert error == pytest.approx(np.sqrt(2 * (residuals**2).sum()) / 5)
+    assert pooled([1.0], [2]) == (0.5, None)

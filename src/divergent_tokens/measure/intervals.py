@@ -134,6 +134,20 @@ def estimate_ratio(
     return Estimate(value, low, high, level, ratio.n_prompts, ratio.method, seed)
 
 
+def pooled(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float | None]:
+    """Σ sums / Σ counts, and its standard error over prompts, that of a ratio of sums.
+
+    Both are [prompt]; the error is None for a single prompt. For sums and ranks; what is shown to
+    people has an interval, see `estimate_ratio`.
+    """
+    tops, bottoms = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    value, n = float(tops.sum() / bottoms.sum()), len(tops)
+    if n < 2:
+        return value, None
+    residuals = tops - value * bottoms
+    return value, math.sqrt(n / (n - 1) * float(np.square(residuals).sum())) / float(bottoms.sum())
+
+
 def estimate_difference(
     a: ArrayLike, b: ArrayLike, *, ceiling: ArrayLike, level: float = 0.95, seed: int = 0
 ) -> Estimate:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from divergent_tokens.measure.flips import KL_LIMIT, FlipLaw, Prediction, Reading, predict, readings
+from divergent_tokens.measure.intervals import pooled
 from divergent_tokens.search.knapsack import Floats, Integers
 from divergent_tokens.search.options import Options
 from divergent_tokens.search.settings import RankBy
@@ -79,11 +80,11 @@ def forecast(
         left_out = _folds(n_prompts, seed)  # [prompt, fold]
         harms = options.kl_under((~left_out).astype(np.float64))  # [fold, group, option]
         fits = [(select(harm), fold) for harm, fold in zip(harms, left_out.T, strict=True)]
-    kl, kl_se = _pooled(_held_out(fits, partial(_nats, options.nats)), options.lengths)
+    kl, kl_se = pooled(_held_out(fits, partial(_nats, options.nats)), options.lengths)
     joint = None
     if options.draws is not None:
-        joint, _ = _pooled(_held_out(fits, partial(_joint_nats, options.draws)), options.lengths)
-    optimistic, _ = _pooled(_nats(options.nats, chosen), options.lengths)
+        joint, _ = pooled(_held_out(fits, partial(_joint_nats, options.draws)), options.lengths)
+    optimistic, _ = pooled(_nats(options.nats, chosen), options.lengths)
     known = kl <= KL_LIMIT
     error = float(np.hypot(kl_se or 0.0, SUM_SPREAD * kl))
     return Forecast(
@@ -123,16 +124,6 @@ def _nats(nats: NDArray[np.float32], chosen: Integers) -> Floats:
 def _joint_nats(draws: NDArray[np.float32], chosen: Integers) -> Floats:
     """KL of each completion with interactions. [prompt]"""
     return np.asarray(np.square(_taken(draws, chosen).sum(0)).mean(1) / 2)
-
-
-def _pooled(nats: Floats, lengths: Integers) -> tuple[float, float | None]:
-    """KL per token and its standard error over prompts, that of a ratio of sums."""
-    n, n_tokens = len(lengths), int(lengths.sum())
-    kl = float(nats.sum() / n_tokens)
-    if n < 2:
-        return kl, None
-    residuals = nats - kl * lengths
-    return kl, float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / n_tokens)
 
 
 def sureness(
