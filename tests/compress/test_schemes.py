@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from divergent_tokens.compress import schemes
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8, PerToken
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import dequantize, quantize
@@ -36,6 +37,8 @@ def _component(
         ("mxfp4", (Fp4("mxfp4"),)),
         ("nvfp4", (Fp4("nvfp4"),)),
         ("magnitude:0.5+w8a8", (Magnitude(0.5), W8A8())),
+        ("from:../other model/q4_0.gguf", (Donor("../other model/q4_0.gguf"),)),
+        ("from:C:\\a+b:c+int4", (Donor("C:\\a+b:c+int4"),)),
     ],
 )
 def test_text_and_back(text: str, steps: tuple[schemes.Step, ...]) -> None:
@@ -46,6 +49,7 @@ def test_text_and_back(text: str, steps: tuple[schemes.Step, ...]) -> None:
 def test_other_spellings_have_one_text() -> None:
     assert str(parse_scheme(" int4:asym:g64 ")) == "int4:g64:asym"
     assert str(parse_scheme("magnitude:.50 + int8")) == "magnitude:0.5+int8"
+    assert str(parse_scheme(" from: model.gguf ")) == "from:model.gguf"
 
 
 ABSMAX = st.builds(
@@ -56,7 +60,9 @@ ABSMAX = st.builds(
 )
 MAGNITUDE = st.builds(Magnitude, st.floats(0, 1, exclude_max=True))
 FORMAT = st.sampled_from([W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4")])
+DONOR = st.builds(Donor, st.text(min_size=1).filter(lambda path: path == path.strip()))
 STEPS = st.one_of(
+    st.tuples(DONOR),
     st.tuples(ABSMAX),
     st.tuples(MAGNITUDE),
     st.tuples(FORMAT),
@@ -104,7 +110,11 @@ def test_every_scheme_round_trips(steps: tuple[schemes.Step, ...]) -> None:
         ("mxfp8", "did you mean 'mxfp4'"),
         ("w8a8+fp8", "quantizes a component's inputs twice, by w8a8 and by fp8"),
         ("fp8+fp8", "two steps of the kind 'fp8'"),
-        ("fp9", "Known: .*int8, .*w8a8, fp8, mxfp4, nvfp4, magnitude:0.5"),
+        ("fp9", "Known: .*int8, .*w8a8, fp8, mxfp4, nvfp4, magnitude:0.5, from:PATH"),
+        ("magnitude:0.5+from:a+b", "takes a step before 'from:'"),
+        ("from", "'from' names no checkpoint"),
+        ("from: ", "names no checkpoint; expected the folder of one or a .gguf file"),
+        ("form:model.gguf", "unknown scheme 'form:model.gguf'; did you mean 'from:PATH'"),
     ],
 )
 def test_bad_texts(text: str, message: str) -> None:
@@ -148,7 +158,10 @@ def test_the_size_counts_what_the_record_holds() -> None:
         assert step.size_bytes(_component(6, 32), 0) == sum(t.nbytes for t in tensors)
 
 
-@pytest.mark.parametrize("text", [form for family in schemes._FAMILIES for form in family.forms])
+FORMS = [form for family in schemes._FAMILIES for form in family.forms]
+
+
+@pytest.mark.parametrize("text", [form for form in FORMS if form != "from:PATH"])
 def test_what_works_by_rows_gives_the_same_for_rows_together(text: str) -> None:
     scheme = parse_scheme(text)
     component = _component(6, 64)

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import (
@@ -213,7 +214,8 @@ def parse_scheme(text: str) -> Scheme:
     """The scheme that a line says; `str` of it gives the line back, in its canonical spelling.
 
     Raises SchemeError if a step is not known (names the nearest that is), says something out of
-    range, says a thing twice, if the same family comes twice, or two steps quantize the inputs.
+    range, says a thing twice, if the same family comes twice, two steps quantize the inputs, or
+    `from:` does not stand alone. No file is touched.
     """
     read = [_parse_step(part, text) for part in _split(text)]
     families = [family for family, _ in read]
@@ -222,6 +224,13 @@ def parse_scheme(text: str) -> Scheme:
             raise SchemeError(
                 f"scheme {text!r} has two steps of the kind {family!r}; a scheme takes one of each"
             )
+    if len(read) == 1:
+        return Scheme((read[0][1],))
+    if "from" in families:
+        raise SchemeError(
+            f"scheme {text!r} takes a step before 'from:', which replaces what came out "
+            "of it; let 'from:' stand alone"
+        )
     active = [str(step) for _, step in read if step.activations is not None]
     if len(active) > 1:
         raise SchemeError(
@@ -232,9 +241,9 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def _split(text: str) -> list[str]:
-    """The texts of the steps."""
+    """The texts of the steps; all that follows `from:` is one path, which may hold a '+'."""
     text, parts = text.strip(), []
-    while (plus := text.find("+")) >= 0:
+    while not text.startswith("from:") and (plus := text.find("+")) >= 0:
         parts.append(text[:plus].strip())
         text = text[plus + 1 :].strip()
     return [*parts, text]
@@ -291,6 +300,16 @@ def _parse_magnitude(text: str) -> Magnitude:
     return Magnitude(share)
 
 
+def _parse_donor(text: str) -> Donor:
+    path = text.partition(":")[2].strip()
+    if not path:
+        raise SchemeError(
+            f"{text!r} names no checkpoint; expected the folder of one or a .gguf file, as in "
+            "'from:model.gguf'"
+        )
+    return Donor(path)
+
+
 def _only(text: str, step: Step) -> Callable[[str], Step]:
     """Reads a step that has nothing to choose."""
 
@@ -326,4 +345,5 @@ _FAMILIES = (
         for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"))
     ),
     _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
+    _Family("from", re.compile("from"), _parse_donor, ("from:PATH",)),
 )
