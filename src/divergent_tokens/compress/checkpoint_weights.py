@@ -65,11 +65,12 @@ class CheckpointWeights:
     def shape(self, component: Component) -> tuple[int, ...]:
         """Of the component in the checkpoint, [out, in]."""
         self._check_architecture(component)
+        activations = self.activations  # raises if they are none of ours
         module = self._module(component)
         if module is not None and self._is_packed(module):
             self._compressor(module, component)
             return self._packed_shape(module)
-        if self.activations is not None:
+        if activations is not None:
             raise self._error(
                 f"quantizes inputs, but has left {component.name} as it was; exclude it"
             )
