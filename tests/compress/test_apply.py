@@ -95,6 +95,25 @@ def test_every_bit_comes_back(architecture: str, dtype: torch.dtype) -> None:
         assert changed == {c.parameter for c in components}
 
 
+@pytest.mark.parametrize("text", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3-moe", "gpt-oss"])
+def test_every_bit_comes_back_where_groups_are_fixed(architecture: str, text: str) -> None:
+    model = _model(architecture)
+    components = [c for c in find_components(model.network) if c.shape[1] % 32 == 0]
+    scheme = parse_scheme(text)
+    originals = [weight_of(model.network, c) for c in components]
+    before = _state(model)
+    with lent_plan(model, uniform_plan(components, scheme)):
+        for component, original in zip(components, originals, strict=True):
+            now = weight_of(model.network, component)
+            assert torch.equal(now, scheme.compress(original, component)), component.name
+            assert not torch.equal(now, original), component.name
+        during = _tensors(model)
+    assert _state(model) == before
+    changed = {name for name in before if during[name] != before[name]}
+    assert changed == {c.parameter for c in components}
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3-moe", "gpt-oss"])
 def test_every_bit_comes_back_after_a_failure(
