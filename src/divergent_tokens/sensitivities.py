@@ -114,7 +114,7 @@ class Sensitivities:
 
     path: Path
     run: Mapping[str, Any]
-    """Everything that makes two runs the same; see docs/files.md."""
+    """Everything that makes two runs the same, and what was found out of the base on the way."""
     components: tuple[ComponentRow, ...]
     rows: tuple[Sensitivity, ...]
     """In the order in which they were finished."""
