@@ -238,7 +238,7 @@ def settings_of(**changes: Any) -> dict[str, Any]:
         ({"quant_method": "gptq"}, r"format 'gptq', which is not read here.*save a dense copy"),
         ({"transform_config": {"config_groups": {}}}, "rotates its weights"),
         ({"config_groups": {"a": {"targets": 3}}}, "installed compressed-tensors cannot read"),
-        (settings_of(targets=["Conv2d"]), "no group of its quantization_config says how"),
+        (settings_of(targets=["Conv2d"]), "no group of a quantization_config in its config"),
         (settings_of(format="dense"), "before it was quantized"),
         (settings_of(format="marlin-24"), "in the format 'marlin-24'"),
     ],
@@ -287,6 +287,24 @@ def test_a_packed_component_that_is_missing(copy: Path, base: Model) -> None:
 
     change(copy, drop)
     refused(copy, find_components(base.network), r"has no model\.layers\.0\.mlp\.up_proj; exclude")
+
+
+def test_codes_that_nothing_explains(tmp_path: Path) -> None:
+    network = tiny.network("llama")
+    folder = save(network, tmp_path / "llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def code(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(torch.int8)
+
+    change(folder, code)
+    refused(folder, find_components(network), rf"holds {name} as I8, without a scale")
+
+    def scale(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}_scale"] = torch.ones(48, 1)
+
+    change(folder, scale)
+    refused(folder, find_components(network), r"0\.mlp\.up_proj in codes, and no group of a quant")
 
 
 def test_a_folder_without_weights(tmp_path: Path, base: Model) -> None:

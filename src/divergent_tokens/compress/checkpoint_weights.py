@@ -1,9 +1,11 @@
 """The matrices of a safetensors checkpoint by our names, dense or decompressed one at a time."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +49,12 @@ class CheckpointWeights:
         files = model_files.find_weights(folder, reference, self._config, allow_pickle=False)
         opened: list[Any] = [safe_open(file, "pt") for file in files]  # maps them, reads headers
         self._files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        self._parts: dict[str, list[str]] = defaultdict(list)
+        """Of each module, the tensors that its weight is made of: codes, scales, ..."""
+        for name in self._files:
+            module, _, last = name.rpartition(".")
+            if last.startswith("weight"):
+                self._parts[module].append(name)
 
     @property
     def activations(self) -> PerToken | None:
@@ -75,9 +83,11 @@ class CheckpointWeights:
                 f"quantizes inputs, but has left {component.name} as it was; exclude it"
             )
         if module is not None:
+            self._check_floats(f"{module}.weight")
             sizes = self._sizes(f"{module}.weight")
             return sizes[::-1] if _is_turned(component) else sizes
         if component.parameter in self._files:
+            self._check_floats(component.parameter)
             self._check_stack(component)
             return component.shape
         return tuple(self._in_network(component).shape)
@@ -86,7 +96,7 @@ class CheckpointWeights:
         """Codes, scales and zero points; dense weights count 16 bits at most."""
         module = self._module(component)
         if module is not None and self._is_packed(module):
-            return sum(tensor.nbytes for tensor in self._parts(module).values())
+            return sum(map(self._n_bytes, self._parts[module]))
         name = component.parameter if module is None else f"{module}.weight"
         return component.n_parameters * min(2, self._item_bytes(name))
 
@@ -95,7 +105,8 @@ class CheckpointWeights:
         module = self._module(component)
         if module is not None and self._is_packed(module):
             compressor, scheme = self._compressor(module, component)
-            weight: Tensor = compressor.decompress(self._parts(module), scheme)["weight"]
+            parts = {name.rpartition(".")[2]: self._tensor(name) for name in self._parts[module]}
+            weight: Tensor = compressor.decompress(parts, scheme)["weight"]
             return weight
         if module is not None:
             matrix = self._tensor(f"{module}.weight")
@@ -144,11 +155,24 @@ class CheckpointWeights:
     def _sizes(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def _dtype(self, name: str) -> str:
+        """As safetensors calls it: BF16, F8_E4M3, I32."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def _check_floats(self, name: str) -> None:
+        if not self._dtype(name).startswith(("F", "BF")):
+            raise self._error(
+                f"holds {name} as {self._dtype(name)}, without a scale; expected floating numbers"
+            )
+
     def _item_bytes(self, name: str) -> int:
         if name not in self._files:  # transformers makes it of several
             return 2
-        bits = re.search(r"\d+", self._files[name].get_slice(name).get_dtype())  # BF16, F8_E4M3
+        bits = re.search(r"\d+", self._dtype(name))
         return int(bits[0]) // 8 if bits else 2
+
+    def _n_bytes(self, name: str) -> int:
+        return prod(self._sizes(name)) * self._item_bytes(name)
 
     def _tensor(self, name: str) -> Tensor:
         found: Tensor = self._files[name].get_tensor(name)
@@ -194,16 +218,14 @@ class CheckpointWeights:
         self, module: str, component: Component
     ) -> tuple[type[BaseCompressor], QuantizationScheme]:
         """What can decode a packed module, and the settings it was packed with."""
-        assert self._packing is not None
-        targets = {
-            t: group for group in self._packing.config_groups.values() for t in group.targets
-        }
+        groups = {} if self._packing is None else self._packing.config_groups
+        targets = {target: group for group in groups.values() for target in group.targets}
         kind = nn.Embedding if component.kind == "embedding" else nn.Linear
         matches = match_targets(module, kind(1, 1, device="meta"), targets)
-        if not matches:
+        if self._packing is None or not matches:
             raise self._error(
-                f"holds {component.name} packed, and no group of its quantization_config says how; "
-                "write the checkpoint again"
+                f"holds {component.name} in codes, and no group of a quantization_config in its "
+                "config.json says how; write the checkpoint again"
             )
         scheme = targets[matches[0]]
         named = (scheme.format, self._packing.format)
@@ -222,11 +244,6 @@ class CheckpointWeights:
                 f"holds {component.name} in the format {layout!r}, which the installed "
                 "compressed-tensors does not read; write the checkpoint again"
             ) from error
-
-    def _parts(self, module: str) -> dict[str, Tensor]:
-        """Codes, scales and whatever else belongs to a packed weight, by their local names."""
-        names = [name for name in self._files if name.startswith(f"{module}.weight")]
-        return {name.removeprefix(f"{module}."): self._tensor(name) for name in names}
 
     def _packed_shape(self, module: str) -> tuple[int, ...]:
         if f"{module}.weight_shape" in self._files:
