@@ -1,7 +1,6 @@
 """The command line, mostly within this process; what only a process can show, in real ones."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -23,46 +22,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 import runs
 import tiny
-from divergent_tokens import cli
 from divergent_tokens.measure import batches
 
 DTM = Path(sys.executable).with_name("dtm")
 N_PROMPTS, PREFIX, NEW_TOKENS = 6, 8, 12
 SETTINGS = ["--n-prompts", N_PROMPTS, "--prefix", PREFIX, "--new-tokens", NEW_TOKENS]
-
-
-@dataclasses.dataclass
-class Left:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    """Main leaves its handlers behind, since its process is about to end."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def dtm(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dtm", *map(str, arguments)])
-        capsys.readouterr()  # what the test's own preparations printed
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return Left(left.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def save(model, folder):
@@ -457,7 +421,7 @@ def test_prompt_files_that_hold_no_prompts(name, content, message, refused, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"no candidate to compare .*; name a model, or give --scheme int8, or --scores"),
+        ([], r"no candidate to compare .*; name a model, or give --scheme int8, --plan"),
         (["--scheme", "imt8"], "unknown scheme 'imt8'; did you mean 'int8'"),
         (["--scheme", "int9"], "AbsMax takes 2 to 8"),
         (["--scheme", "int4:g64"], r"groups of 64 do not divide the 32 .*Group sizes that fit all"),
@@ -662,7 +626,7 @@ def test_a_disk_that_fills_up(cache, limit_bytes, what, place, compare, tmp_path
 
 
 def interrupt(arguments, ready, number):
-    """Exit code and error stream of a process that gets a signal once `ready` of the stream."""
+    """Exit code and error stream of a process that gets a signal once it is `ready`."""
     master, slave = os.openpty()
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=slave, env=environment()
@@ -670,7 +634,7 @@ def interrupt(arguments, ready, number):
         os.close(slave)
         seen, start, sent = b"", time.monotonic(), False
         while time.monotonic() < start + 60:
-            if not sent and ready(seen, time.monotonic() - start):
+            if not sent and ready(seen, process.pid):
                 process.send_signal(number)
                 sent = True
             if select.select([master], [], [], 0.02)[0]:
@@ -698,11 +662,11 @@ def interrupt(arguments, ready, number):
 def test_a_signal_leaves_nothing_half_written(phase, number, place, tmp_path):
     cache = tmp_path / "cache"
     ready = {
-        "import": lambda _seen, seconds: seconds > 0.6,
-        "loading": lambda seen, _seconds: b"loading" in seen,
-        "completions": lambda seen, _seconds: b"completions" in seen,
+        "import": lambda _seen, pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text(),
+        "loading": lambda seen, _pid: b"loading" in seen,
+        "completions": lambda seen, _pid: b"completions" in seen,
         # The base's states are in the making.
-        "scoring": lambda _seen, _seconds: any(cache.glob(".*/hidden.npy")),
+        "scoring": lambda _seen, _pid: any(cache.glob(".*/hidden.npy")),
     }
     rows = [{"text": f"{sentence} {i}"} for i in range(1000) for sentence in tiny.SENTENCES]
     many = write_rows(tmp_path / "many.jsonl", rows)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from divergent_tokens.cli.options import (
     AllowPickle,
@@ -33,6 +32,7 @@ from divergent_tokens.cli.output import (
     as_json,
     check_out,
     print_out,
+    print_rich,
     progress_bar,
     say,
     write_json,
@@ -56,6 +56,10 @@ def compare(
             help="Compare with the base under a scheme: int8, int8:tensor, int4:g64, "
             "int4:g64:asym, magnitude:0.5."
         ),
+    ] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="Compare with the base under a plan that `dtm search` wrote."),
     ] = None,
     scores: Annotated[
         list[str] | None,
@@ -113,10 +117,10 @@ def compare(
         raise DivergentTokensError(
             f"--level is {level}; expected a share between 0 and 1, such as 0.95"
         )
-    if not (candidates or scheme or scores):
+    if not (candidates or scheme or plan or scores):
         raise DivergentTokensError(
             f"there is no candidate to compare {base} with; name a model, or give --scheme int8, "
-            "or --scores NAME=FILE"
+            "--plan plan.json or --scores NAME=FILE"
         )
     if (include or exclude) and not scheme:
         raise DivergentTokensError(
@@ -126,14 +130,16 @@ def compare(
     files = _scores_files(scores or [])
     _check_decidable(conditions, has_text=text is not None, engines=list(files))
     if out:
-        check_out(out, *files.values(), text, prompts)
+        check_out(out, *files.values(), *(plan or ()), text, prompts)
 
     from divergent_tokens.candidates import (
         check_names,
         joined,
         model_candidates,
+        plan_candidates,
         scheme_candidates,
     )
+    from divergent_tokens.compress.plan_file import read_plan
     from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.measure import comparison
     from divergent_tokens.measure.perplexity import read_text
@@ -143,7 +149,10 @@ def compare(
 
     on_signals(tidy_up)
     # Whatever is wrong with the candidates is said before any work is done on the base.
-    check_names(*(candidates or ()), *map(str, map(parse_scheme, scheme or ())), *files)
+    schemes_given = map(str, map(parse_scheme, scheme or ()))
+    check_names(*(candidates or ()), *schemes_given, *map(str, plan or ()), *files)
+    for path in plan or ():
+        read_plan(path)
     given_text = read_text(text) if text else None
     cache = cache or default_cache()
     loading: dict[str, Any] = {
@@ -166,9 +175,10 @@ def compare(
             schemes = scheme_candidates(
                 model, *scheme, include=include or (), exclude=exclude or ()
             )
+        plans = plan_candidates(model, *plan) if plan else {}
         result = comparison.compare(
             model,
-            joined(models, schemes),
+            joined(models, schemes, plans),
             read_prompts(
                 prompts,
                 model,
@@ -244,10 +254,7 @@ def _print_comparison(record: dict[str, Any], format: Format) -> None:
     elif format is Format.markdown:
         print_out(comparison_markdown(record))
     else:
-        console = Console()
-        with console.capture() as captured:
-            console.print(comparison_text(record, width=console.width))
-        print_out(captured.get())
+        print_rich(lambda width: comparison_text(record, width=width))
 
 
 def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:

@@ -9,8 +9,11 @@ import typer
 
 from divergent_tokens.cli.compare import compare
 from divergent_tokens.cli.complete import complete
+from divergent_tokens.cli.components import components
 from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, print_out, say
+from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
+from divergent_tokens.cli.sweep import sweep
 from divergent_tokens.errors import DivergentTokensError
 
 # Heavy imports stand inside each command, so that `dtm --help` answers at once.
@@ -25,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (compare, complete):
+for command in (compare, complete, components, sweep, search):
     app.command()(command)
 
 

@@ -3,12 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from divergent_tokens.errors import DivergentTokensError
 
@@ -60,6 +60,14 @@ def print_out(text: str) -> None:
             f"could not write to the standard output: {error.strerror}; free some room, or send "
             "it elsewhere"
         ) from error
+
+
+def print_rich(what: RenderableType | Callable[[int], RenderableType]) -> None:
+    """Print a table or text; a function is given the terminal's width and makes it."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(what(console.width) if callable(what) else what)
+    print_out(captured.get())
 
 
 def drop_output() -> None:
