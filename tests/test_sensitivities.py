@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,20 @@ def test_it_is_read_while_it_is_written(tmp_path):
     reader.join()
     assert seen == sorted(seen)
     assert len(read_sensitivities(path).rows) == 42
+
+
+def test_several_that_begin_the_same_file_at_once_all_add_their_rows(tmp_path):
+    path, n = tmp_path / "sweep.db", 6
+    together = threading.Barrier(n)
+
+    def begin(i):
+        together.wait()
+        with opened(path) as writer:
+            writer.add(row(scheme=f"s{i}"))
+
+    with ThreadPoolExecutor(n) as threads:
+        list(threads.map(begin, range(n)))  # raises what any of them raised
+    assert {one.scheme for one in read_sensitivities(path).rows} == {f"s{i}" for i in range(n)}
 
 
 WRITES_FOREVER = """

@@ -206,8 +206,7 @@ def resumed_run(path: Path | str, run: Mapping[str, Any]) -> Mapping[str, Any] |
     if not _is_ours(path):
         return None
     with _clear_errors(path), closing(_connect(path, "rw")) as connection:
-        (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not n_tables:  # stopped while it was made, and rolled back
+        if not _n_tables(connection):  # stopped while it was made, and rolled back
             return None
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
@@ -230,10 +229,12 @@ def open_sensitivities(
     Components that the file does not know yet are added to it. Raises as `resumed_run`.
     """
     path = Path(path)
-    resumed = resumed_run(path, run) is not None
+    resumed_run(path, run)
     with closing(_opened(path)) as connection:
         with _transaction(path, connection):
-            if not resumed:
+            if _n_tables(connection):  # asked again: another process may just have made them
+                _check_same(path, _read_run(connection, path), run, _methods(connection))
+            else:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 for table in _TABLES:
                     connection.execute(f"CREATE TABLE {table}")
@@ -441,6 +442,11 @@ def _clear_errors(path: Path) -> Iterator[None]:
         else:
             what = f"{path} is damaged, or no sweep of this version ({error}); {_DAMAGED}"
         raise RecordError(what) from error
+
+
+def _n_tables(connection: sqlite3.Connection) -> int:
+    (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return int(n_tables)
 
 
 def _read_run(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
