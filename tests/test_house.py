@@ -23,7 +23,7 @@ FLOORS = [
     {"fingerprints", "layers", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"candidates", "conditions"},
-    {"sensitivities"},
+    {"backward", "sensitivities"},
     {"probe", "sweep", "search"},
     {"report"},
     {"cli", "__init__"},

@@ -7,7 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import runs
 import tiny
+from divergent_tokens import backward
 from divergent_tokens import probe as probe_module
+from divergent_tokens.compress import changes
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.expert_forward import open_experts
 from divergent_tokens.compress.schemes import parse_scheme
@@ -268,8 +270,8 @@ def test_changes_that_are_not_kept_are_made_again(monkeypatch):
     components = find_components(base.network)
     completions = completed(base)
     kept = probe(base, components, SCHEMES, completions, batch_size=1)
-    monkeypatch.setattr(probe_module, "KEPT_BYTES", 20_000)
-    monkeypatch.setattr(probe_module, "PRODUCT_BYTES", 1)
+    monkeypatch.setattr(changes, "KEPT_BYTES", 20_000)
+    monkeypatch.setattr(backward, "PRODUCT_BYTES", 1)
     again = probe(base, components, SCHEMES, completions, batch_size=3)
     assert np.allclose(kept.draws, again.draws, rtol=1e-3, atol=1e-5)
     assert np.array_equal(kept.weight_errors, again.weight_errors)

@@ -12,9 +12,7 @@ All components' s come from the same backward pass, which needs no gradient of a
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,16 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from divergent_tokens.compress.components import Component, weight_of
-from divergent_tokens.compress.expert_forward import (
-    ExpertInputs,
-    grouped_product,
-    open_experts,
-)
-from divergent_tokens.compress.schemes import Activations, Scheme
-from divergent_tokens.errors import ModelError
+from divergent_tokens.backward import Sums
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
@@ -43,10 +36,6 @@ from divergent_tokens.models import Model
 
 FIRST_TRY = {"cpu": 8, "cuda": 32}
 """Sequences at once: a backward pass needs the activations of all layers."""
-PRODUCT_BYTES = 512 * 2**20
-"""Size of the float32 products [prompt, out, in] of one component that are held at once."""
-KEPT_BYTES = 2 * 2**30
-"""So many bytes of changes are kept from batch to batch; others are made again."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ def probe(
     size = BatchSize(batch_size or FIRST_TRY.get(base.device.type, FIRST_TRY["cpu"]))
     if any(c.expert is not None and c.stack_index is None for c in components):
         size.value = 1  # modules of their own, which see some tokens of all prompts together
-    sums = _Sums(base, components, schemes, n_draws)
+    sums = Sums(base, components, schemes, n_draws)
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0
@@ -104,7 +93,7 @@ def probe(
         tuple(components),
         tuple(schemes),
         draws,
-        sums.weight_errors,
+        sums.changes.relative_errors,
         completions.lengths,
         size.value,
     )
@@ -126,7 +115,7 @@ def _run(
     base: Model,
     head: Head,
     completions: Completions,
-    sums: "_Sums",
+    sums: Sums,
     seed: int,
     batch: Sequence[int],
 ) -> NDArray[np.float32]:
@@ -172,7 +161,7 @@ def draw_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _head_gradients(
-    head: Head, hidden: Tensor, uniforms: Tensor, sums: "_Sums", rows: NDArray[np.int64]
+    head: Head, hidden: Tensor, uniforms: Tensor, sums: Sums, rows: NDArray[np.int64]
 ) -> Tensor:
     """Gradients of the labels' log-probabilities at hidden states [token, hidden], by draw.
 
@@ -193,253 +182,3 @@ def _head_gradients(
             (found[draw, a : a + n],) = torch.autograd.grad(own, part, retain_graph=not last)
     sums.head_rows = None
     return found
-
-
-# --- what the backward pass leaves behind ---
-
-
-class _Sums:
-    """The s of one batch while its gradients pass by, and the changes that they are met with."""
-
-    def __init__(
-        self, base: Model, components: Sequence[Component], schemes: Sequence[Scheme], n_draws: int
-    ) -> None:
-        """For these components and schemes; nothing is hooked before `watching`."""
-        self.base = base
-        self.components = components
-        self.schemes = schemes
-        self.n_draws = n_draws
-        self.draw = 0
-        """Which set of labels the gradients that come in belong to."""
-        self.head_rows: Tensor | None = None
-        """While a chunk of the head runs: each of its tokens' row in the batch. [token]"""
-        self.weight_errors = np.full((len(components), len(schemes)), np.nan)
-        self._changes: dict[int | tuple[str, str, int], Tensor] = {}
-        self._kept_bytes = 0
-        self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        """Stack and part -> expert -> component."""
-        for i, component in enumerate(components):
-            if component.stack_index is not None:
-                stack = component.parameter.rpartition(".")[0]
-                part = component.name.rpartition(".")[2]
-                self._experts[stack, part][component.stack_index] = i
-
-    def start(self, ids: Tensor) -> None:
-        """A batch [prompt, token] begins."""
-        self.ids = ids
-        shape = (self.n_draws, len(self.components), len(self.schemes), len(ids))
-        self._found = torch.zeros(shape, device=ids.device)
-
-    def take(self) -> NDArray[np.float32]:
-        """The batch's s. [component, scheme, prompt, draw]"""
-        found: NDArray[np.float32] = self._found.permute(1, 2, 3, 0).cpu().numpy()
-        return found
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Every component's inputs and output gradients come by here; the hooks go away again."""
-        network: Any = self.base.network
-        stacked = [c for c in self.components if c.stack_index is not None]
-        with ExitStack() as stack:
-            embedding = network.get_input_embeddings()
-            stack.callback(embedding.register_forward_hook(self._at_embedding).remove)
-            for i, component in enumerate(self.components):
-                if component.stack_index is not None:
-                    continue
-                for module in _modules(network, component):
-                    if module is embedding:
-                        continue  # its output is the leaf
-                    hook = partial(self._at_module, i)
-                    stack.callback(module.register_forward_hook(hook).remove)
-            stack.enter_context(open_experts(network, stacked, self._at_experts))
-            yield
-
-    def _at_embedding(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """The graph starts here: no weight needs a gradient."""
-        if not torch.is_grad_enabled():
-            return output
-        self.leaf = output.detach().requires_grad_(True)
-        for i, component in enumerate(self.components):
-            if module in _modules(self.base.network, component):
-                _watch(self.leaf, partial(self._add_embedding, i, module, inputs[0]))
-        return self.leaf
-
-    def _at_module(self, i: int, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        x = inputs[0].detach()
-        if self.head_rows is not None:
-            rows = self.head_rows
-            _watch(output, lambda delta: self._add_rows(i, x.flatten(0, -2), delta, rows))
-            return
-        n_tokens = x.shape[:-1].numel()
-        if n_tokens != self.ids.numel():
-            raise ModelError(
-                f"{self.components[i].name} sees {n_tokens} tokens where the batch has "
-                f"{self.ids.numel()}; the probe cannot tell which prompt they belong to. Exclude "
-                "it, or use --method measure"
-            )
-        _watch(output, lambda delta: self._add_whole(i, x, delta))
-
-    def _at_experts(self, inputs: ExpertInputs, times: Callable[[Tensor], Tensor]) -> Tensor:
-        out = times(inputs.x)
-        if (inputs.stack, inputs.part) in self._experts and out.requires_grad:
-            _watch(out, partial(self._add_experts, inputs))
-        return out
-
-    def _add_whole(self, i: int, x: Tensor, delta: Tensor) -> None:
-        """All tokens of all prompts, in order: s = ⟨Σ_t δ_t x_tᵀ, ΔW⟩, one product for all schemes.
-
-        Where a scheme quantizes the inputs too, dz = W′ x′ − W x = ΔW x′ + W (x′ − x).
-        """
-        n_prompts = len(self.ids)
-        x = x.reshape(n_prompts, -1, x.shape[-1])  # [prompt, token, in]
-        delta = delta.reshape(n_prompts, -1, delta.shape[-1])  # [prompt, token, out]
-        changes = self._changes_of(i)  # [scheme, out, in]
-        n = max(1, PRODUCT_BYTES // (4 * changes[0].numel()))
-        for activations, schemes in self._by_activations().items():
-            for a in range(0, n_prompts, n):
-                part, gradient = x[a : a + n], delta[a : a + n]
-                changed = part if activations is None else activations.quantize(part)
-                values = _inner(_outer(gradient, changed), changes[schemes])
-                if activations is not None:
-                    weight = weight_of(self.base.network, self.components[i]).float()
-                    moved = changed.float() - part.float()
-                    values = values + _inner(_outer(gradient, moved), weight[None])
-                self._found[self.draw, i, schemes, a : a + n] += values
-
-    def _add_rows(self, i: int, x: Tensor, delta: Tensor, prompts: Tensor) -> None:
-        """Some tokens [token, in] of prompts [token]: s token by token, then summed by prompt."""
-        delta = delta.reshape(len(x), -1).float()
-        changes = self._changes_of(i)
-        for activations, schemes in self._by_activations().items():
-            changed = x if activations is None else activations.quantize(x)
-            for j in schemes:
-                dz = changed.float() @ changes[j].t()
-                if activations is not None:
-                    weight = weight_of(self.base.network, self.components[i]).float()
-                    dz += (changed.float() - x.float()) @ weight.t()
-                self._found[self.draw, i, j].index_add_(0, prompts, (dz * delta).sum(-1))
-
-    def _add_experts(self, inputs: ExpertInputs, delta: Tensor) -> None:
-        """All rows of all experts of a part: one grouped product for each scheme."""
-        members = self._experts[inputs.stack, inputs.part]  # expert -> component
-        experts, which = list(members), list(members.values())
-        n_prompts = len(self.ids)
-        places = inputs.experts * n_prompts + inputs.tokens // self.ids.shape[1]
-        x = inputs.x.detach()
-        for j, scheme in enumerate(self.schemes):
-            changed = x if scheme.activations is None else scheme.activations.quantize(x)
-            changes = self._changes_of_experts(inputs, j)  # [expert, out, in]
-            dz = grouped_product(changed.float(), changes, inputs.counts)
-            if scheme.activations is not None:
-                weights = self._weights_of_experts(inputs)
-                dz += grouped_product(changed.float() - x.float(), weights, inputs.counts)
-            values = dz.new_zeros(len(inputs.counts) * n_prompts)
-            values.index_add_(0, places, (dz * delta.float()).sum(-1))
-            self._found[self.draw, which, j] += values.view(-1, n_prompts)[experts]
-
-    def _add_embedding(self, i: int, module: nn.Module, ids: Tensor, delta: Tensor) -> None:
-        """The change of looked-up rows, by the module's own lookup (Gemma scales it)."""
-        weight = weight_of(self.base.network, self.components[i])
-        for j, change in enumerate(self._changes_of(i)):
-            changed = {"weight": (weight.float() + change).to(weight.dtype)}
-            with torch.no_grad():
-                after = torch.func.functional_call(module, changed, (ids,))
-                dz = after.float() - module(ids).float()
-            self._found[self.draw, i, j] += (dz * delta.float()).sum((1, 2))
-
-    def _by_activations(self) -> Mapping[Activations | None, list[int]]:
-        groups: dict[Activations | None, list[int]] = defaultdict(list)
-        for j, scheme in enumerate(self.schemes):
-            groups[scheme.activations].append(j)
-        return groups
-
-    @torch.no_grad()
-    def _changes_of(self, i: int) -> Tensor:
-        """ΔW of one component under every scheme, float32. [scheme, out, in]"""
-        if i in self._changes:
-            return self._changes[i]
-        component = self.components[i]
-        weight = weight_of(self.base.network, component)
-        changes = torch.stack(
-            [s.compress(weight, component).float() - weight.float() for s in self.schemes]
-        )
-        self.weight_errors[i] = _relative(changes, weight[None]).cpu()
-        self._keep(i, changes)
-        return changes
-
-    @torch.no_grad()
-    def _changes_of_experts(self, inputs: ExpertInputs, j: int) -> Tensor:
-        """ΔW of a part of all experts under one scheme, float32. [expert, out, in]"""
-        key = (inputs.stack, inputs.part, j)
-        if key in self._changes:
-            return self._changes[key]
-        scheme, members = self.schemes[j], self._experts[inputs.stack, inputs.part]
-        weights = self._weights_of_experts(inputs)
-        if scheme.by_rows:  # all experts' rows in one go
-            first = self.components[next(iter(members.values()))]
-            stored = weights.to(first.dtype).flatten(0, 1)
-            changed = scheme.compress(stored, first).float().view_as(weights)
-        else:
-            changed = weights.clone()
-            for expert, i in members.items():
-                component = self.components[i]
-                weight = weight_of(self.base.network, component)
-                changed[expert] = scheme.compress(weight, component).float()
-        changes = changed - weights
-        experts, which = list(members), list(members.values())
-        self.weight_errors[which, j] = _relative(changes, weights)[experts].cpu()
-        self._keep(key, changes)
-        return changes
-
-    def _weights_of_experts(self, inputs: ExpertInputs) -> Tensor:
-        """Of all experts, float32. [expert, out, in]"""
-        component = self.components[next(iter(self._experts[inputs.stack, inputs.part].values()))]
-        weights = self.base.network.get_parameter(component.parameter).detach()
-        if component.transposed:
-            weights = weights.transpose(1, 2)
-        if component.rows is not None:
-            weights = weights[:, slice(*component.rows)]
-        whole: Tensor = weights[: len(inputs.counts)]
-        return whole.float()
-
-    def _keep(self, key: int | tuple[str, str, int], changes: Tensor) -> None:
-        n_bytes = changes.numel() * changes.element_size()
-        if self._kept_bytes + n_bytes <= KEPT_BYTES:
-            self._changes[key] = changes
-            self._kept_bytes += n_bytes
-
-
-def _relative(changes: Tensor, weights: Tensor) -> Tensor:
-    """‖ΔW‖ / ‖W‖, NaN for a matrix of zeros: [..., out, in] -> [...]."""
-    norm = torch.linalg.matrix_norm
-    errors: Tensor = norm(changes.double()) / norm(weights.double())
-    return errors
-
-
-def _watch(output: Tensor, meet: Callable[[Tensor], None]) -> None:
-    """Call `meet` with the gradient at an output, in every backward pass through it."""
-    output.register_hook(meet)  # type: ignore[no-untyped-call]
-
-
-def _modules(network: Any, component: Component) -> list[nn.Module]:
-    """The modules that compute with a component's matrix: more than one where weights are tied."""
-    parameter = network.get_parameter(component.parameter)
-    if component.layer is not None:
-        return [network.get_submodule(component.parameter.rpartition(".")[0])]
-    ends = (network.get_input_embeddings(), network.get_output_embeddings())
-    return [module for module in ends if getattr(module, "weight", None) is parameter]
-
-
-def _outer(delta: Tensor, x: Tensor) -> Tensor:
-    """Σ_t δ_t x_tᵀ, float32: [prompt, token, out], [prompt, token, in] -> [prompt, out, in]."""
-    left = delta.transpose(1, 2)
-    if x.is_cuda and x.dtype == delta.dtype and x.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(left, x, out_dtype=torch.float32)
-    return torch.bmm(left.float(), x.float())
-
-
-def _inner(products: Tensor, changes: Tensor) -> Tensor:
-    """⟨product, change⟩: [prompt, out, in] and [scheme, out, in] -> [scheme, prompt]."""
-    return changes.flatten(1) @ products.flatten(1).t()

@@ -1,0 +1,105 @@
+"""What schemes change in components: ΔW, made when asked for, some of them kept."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.schemes import Scheme
+
+KEPT_BYTES = 2 * 2**30
+"""So many bytes of changes are kept; others are made again each time."""
+
+
+class Changes:
+    """The changes of a network's components under schemes, in float32 whatever it runs in."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        components: Sequence[Component],
+        schemes: Sequence[Scheme],
+    ) -> None:
+        """Nothing is made yet."""
+        self.network = network
+        self.components = components
+        self.schemes = schemes
+        self.relative_errors = np.full((len(components), len(schemes)), np.nan)
+        """‖ΔW‖ / ‖W‖, Frobenius, of those that were made. [component, scheme]"""
+        self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+        for i, component in enumerate(components):
+            if component.stack_index is not None:
+                stack = component.parameter.rpartition(".")[0]
+                part = component.name.rpartition(".")[2]
+                self._experts[stack, part][component.stack_index] = i
+        self._kept: dict[int | tuple[str, str, int], Tensor] = {}
+        self._kept_bytes = 0
+
+    def members(self, stack: str, part: str) -> Mapping[int, int]:
+        """Expert -> component, of a part (gate_proj, ...) of a stack; empty if none was chosen."""
+        return self._experts.get((stack, part), {})
+
+    @torch.no_grad()
+    def of(self, i: int) -> Tensor:
+        """ΔW of one component under every scheme, float32. [scheme, out, in]"""
+        if i in self._kept:
+            return self._kept[i]
+        component = self.components[i]
+        weight = weight_of(self.network, component)
+        changes = torch.stack(
+            [s.compress(weight, component).float() - weight.float() for s in self.schemes]
+        )
+        self.relative_errors[i] = _relative(changes, weight[None]).cpu()
+        self._keep(i, changes)
+        return changes
+
+    @torch.no_grad()
+    def of_experts(self, stack: str, part: str, j: int) -> Tensor:
+        """ΔW of a part of all experts under one scheme, float32. [expert, out, in]"""
+        key = (stack, part, j)
+        if key in self._kept:
+            return self._kept[key]
+        scheme, members = self.schemes[j], self._experts[stack, part]
+        weights = self.weights_of_experts(stack, part)
+        if scheme.by_rows:  # all experts' rows in one go
+            first = self.components[next(iter(members.values()))]
+            stored = weights.to(first.dtype).flatten(0, 1)
+            changed = scheme.compress(stored, first).float().view_as(weights)
+        else:
+            changed = weights.clone()
+            for expert, i in members.items():
+                component = self.components[i]
+                weight = weight_of(self.network, component)
+                changed[expert] = scheme.compress(weight, component).float()
+        changes = changed - weights
+        experts, which = list(members), list(members.values())
+        self.relative_errors[which, j] = _relative(changes, weights)[experts].cpu()
+        self._keep(key, changes)
+        return changes
+
+    def weights_of_experts(self, stack: str, part: str) -> Tensor:
+        """Of all experts, float32. [expert, out, in]"""
+        component = self.components[next(iter(self._experts[stack, part].values()))]
+        weights: Tensor = self.network.get_parameter(component.parameter).detach()
+        if component.transposed:
+            weights = weights.transpose(1, 2)
+        if component.rows is not None:
+            weights = weights[:, slice(*component.rows)]
+        return weights.float()
+
+    def _keep(self, key: int | tuple[str, str, int], changes: Tensor) -> None:
+        n_bytes = changes.numel() * changes.element_size()
+        if self._kept_bytes + n_bytes <= KEPT_BYTES:
+            self._kept[key] = changes
+            self._kept_bytes += n_bytes
+
+
+def _relative(changes: Tensor, weights: Tensor) -> Tensor:
+    """‖ΔW‖ / ‖W‖, NaN for a matrix of zeros: [..., out, in] -> [...]."""
+    norm = torch.linalg.matrix_norm
+    errors: Tensor = norm(changes.double()) / norm(weights.double())
+    return errors
