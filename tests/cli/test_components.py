@@ -51,6 +51,7 @@ def test_json_has_the_same_and_include_and_exclude_choose(dtm, base):
         "shape": [32, 32],
         "n_parameters": 1024,
         "base_size_bytes": 2048,
+        "size_bytes": {},
         "included": True,
     }
     chosen = dtm(
@@ -71,3 +72,26 @@ def test_what_matches_nothing_is_refused_with_the_nearest(dtm, base):
     assert left.code == 2
     assert left.err.startswith("dtm: include 'qproj' matches no component")
     assert "q_proj" in left.err
+
+
+def test_bytes_under_schemes_are_told_by_kind_and_in_json_one_by_one(dtm, base):
+    schemes = ["--scheme", "int8", "--scheme", "int4:g8"]
+    left = dtm("components", base, *schemes)
+    assert (left.code, left.err) == (0, "")
+    lines = [line.rstrip() for line in left.out.splitlines()]
+    totals = [line.split() for line in lines[lines.index("By kind") + 1 :]]
+    assert " ".join(totals[0]) == "kind components parameters bytes under int8 under int4:g8"
+    # Codes of 8 bits and a float32 scale a row; of 4 bits and one for each 8 weights.
+    assert totals[1] == ["q", "2", "2,048", "4,096", f"{2048 + 64 * 4:,}", f"{1024 + 256 * 4:,}"]
+    assert totals[8][0] == "all"
+    record = json.loads(dtm("components", base, *schemes, "--format", "json").out)
+    assert record["schemes"] == ["int8", "int4:g8"]
+    ends = [c for c in record["components"] if not c["included"]]
+    assert [c["size_bytes"] for c in ends] == [{}, {}]
+    assert record["components"][1]["size_bytes"] == {"int8": 1152, "int4:g8": 1024}
+
+
+def test_a_scheme_that_does_not_fit_is_refused(dtm, base):
+    left = dtm("components", base, "--scheme", "int4:g7")
+    assert left.code == 2
+    assert "groups of 7" in left.err

@@ -1,5 +1,6 @@
 """`dtm components`: the weight matrices that a scheme can be chosen for."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from divergent_tokens.cli.signals import on_signals, tidy_up
 
 if TYPE_CHECKING:
     from divergent_tokens.compress.components import Component
+    from divergent_tokens.compress.schemes import Scheme
 
 
 def components(
@@ -30,6 +32,10 @@ def components(
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Leave out components that match (glob, or re:...)."),
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="Also tell the bytes under this: int8, int4:g64, ..."),
     ] = None,
     format: Annotated[
         Format, typer.Option("--format", help="How the list is printed.")
@@ -43,11 +49,13 @@ def components(
 ) -> None:
     """List a model's weight matrices: name, kind, layer, shape, parameters, bytes."""
     from divergent_tokens.compress.components import find_components
+    from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.models import load_model
     from divergent_tokens.report.components import components_markdown, components_text
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
+    schemes = list(dict.fromkeys(map(parse_scheme, scheme or ())))
     with progress_bar(quiet) as progress:
         progress(f"loading {base}", 0, 1, "")
         model = load_model(
@@ -60,6 +68,8 @@ def components(
         )
         progress(f"loading {base}", 1, 1, "")
     chosen = find_components(model.network, include=include or (), exclude=exclude or ())
+    for one in schemes:
+        one.check(chosen)
     names = {component.name for component in chosen}
     listed = chosen
     if not include:  # the embeddings and the head are named, though only --include brings them in
@@ -67,7 +77,8 @@ def components(
         listed = tuple(c for c in everything if c.name in names or c.is_end)
     record = {
         "base": {"reference": model.reference, "fingerprint": model.fingerprint},
-        "components": [_json(c, included=c.name in names) for c in listed],
+        "schemes": list(map(str, schemes)),
+        "components": [_json(c, schemes, included=c.name in names) for c in listed],
     }
     if format is Format.json:
         print_out(as_json(record) + "\n")
@@ -77,7 +88,8 @@ def components(
         print_rich(components_text(record))
 
 
-def _json(component: "Component", *, included: bool) -> dict[str, Any]:
+def _json(component: "Component", schemes: "Sequence[Scheme]", *, included: bool) -> dict[str, Any]:
+    sizes = {str(scheme): scheme.size_bytes(component) for scheme in schemes} if included else {}
     return {
         "name": component.name,
         "kind": component.kind,
@@ -85,5 +97,6 @@ def _json(component: "Component", *, included: bool) -> dict[str, Any]:
         "shape": list(component.shape),
         "n_parameters": component.n_parameters,
         "base_size_bytes": component.base_size_bytes,
+        "size_bytes": sizes,
         "included": included,
     }

@@ -56,13 +56,20 @@ def _sums(components: Sequence[Record]) -> tuple[int, int]:
 
 def _sections(record: Record) -> Iterator[Section]:
     yield _COLUMNS, [_row(component) for component in record["components"]], "Components"
-    included = _included(record)
-    rows = []
-    for kind in dict.fromkeys(component["kind"] for component in included):
-        members = [component for component in included if component["kind"] == kind]
-        n_parameters, size = _sums(members)
-        rows.append([kind, str(len(members)), f"{n_parameters:,}", f"{size:,}"])
-    yield _TOTALS, rows, "By kind"
+    included, schemes = _included(record), record["schemes"]
+    rows = [
+        _total(kind, [component for component in included if component["kind"] == kind], schemes)
+        for kind in dict.fromkeys(component["kind"] for component in included)
+    ]
+    if schemes:
+        rows.append(_total("all", included, schemes))
+    yield (*_TOTALS, *(f"under {scheme}" for scheme in schemes)), rows, "By kind"
+
+
+def _total(kind: str, members: Sequence[Record], schemes: Sequence[str]) -> list[str]:
+    n_parameters, size = _sums(members)
+    under = [sum(component["size_bytes"][scheme] for component in members) for scheme in schemes]
+    return [kind, str(len(members)), f"{n_parameters:,}", *(f"{n:,}" for n in (size, *under))]
 
 
 def _row(component: Record) -> list[str]:
