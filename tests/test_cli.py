@@ -720,3 +720,30 @@ def test_the_demo_model_end_to_end(tmp_path):
     assert title.startswith("demo:smollm2 (float32, cpu) on 4 prompts of 32 tokens")
     names = [line.split("  ")[0] for line in table.splitlines()[1:9:2]]
     assert names == ["noise floor", "rounding", "int8", "magnitude:0.5"]
+
+
+def test_a_file_of_a_model_that_is_read_is_not_replaced(dtm, place):
+    before = (place / "base" / "config.json").read_bytes()
+    for command in ("compare", "complete"):
+        more = ["--scheme", "int8"] if command == "compare" else []
+        left = dtm(command, place / "base", *more, "--out", place / "base" / "config.json")
+        assert left.code == 2
+        assert "would replace a file of" in left.err
+    left = dtm("compare", place / "base", place / "noisy", "--out", place / "noisy" / "config.json")
+    assert left.code == 2
+    assert (place / "base" / "config.json").read_bytes() == before
+
+
+def test_a_full_standard_output_is_one_message(place):
+    with Path("/dev/full").open("w") as full:
+        left = subprocess.run(
+            command(place, "--scheme", "int8", cache="cache"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+    assert left.returncode == 2
+    assert left.stderr.count("\n") == 1
+    assert "could not write to the standard output: No space left" in left.stderr

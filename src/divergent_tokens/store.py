@@ -186,7 +186,8 @@ def clear_disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise RecordError(
-            f"could not write {target}: {error.strerror or error}; "
-            "nothing was left half written. Free some room or choose another place"
+            f"could not write {target}: {error.strerror or error}; nothing was left half written. "
+            + ("Free some room or choose another place" if full else "Choose another place")
         ) from error

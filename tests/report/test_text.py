@@ -68,6 +68,7 @@ def record(*candidates, reference="org/model", pairs=(), groups=None, **prompts)
             "left_out": 0,
             "prefix": 32,
             "new_tokens": 64,
+            "texts": [f"text {i}" for i in range(20)],
         }
         | prompts,
         "noise_floor": metrics(fdt=LENGTH, sdt=0.0, kl=0.0, identical=1.0, near_ties=None),
@@ -150,6 +151,14 @@ def test_missing_values_are_dashes():
     lines = comparison_markdown(record(candidate("engine", kl=None))).splitlines()
     (line,) = [line for line in lines if line.startswith("| engine")]
     assert line.split(" | ")[3] == "–"
+
+
+def test_few_and_equal_prompts_are_said():
+    assert "prompts were asked for" not in " ".join(notes(record(candidate("int8"))))
+    made = record(candidate("int8"), texts=["one", "two", "one", "one"], wanted=300)
+    text = " ".join(notes(made))
+    assert "300 prompts were asked for; the source has 20 that fit" in text
+    assert "2 of the prompts are the same as another one" in text
 
 
 def test_perplexity_is_shown_where_it_was_measured():

@@ -130,7 +130,7 @@ def compare(
     files = _scores_files(scores or [])
     _check_decidable(conditions, has_text=text is not None, engines=list(files))
     if out:
-        check_out(out, *files.values(), *(plan or ()), text, prompts)
+        check_out(out, base, *(candidates or ()), *files.values(), *(plan or ()), text, prompts)
 
     from divergent_tokens.candidates import (
         check_names,

@@ -56,7 +56,7 @@ def complete(
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
-    check_out(out, prompts)
+    check_out(out, base, prompts)
     cache = cache or default_cache()
     with progress_bar(quiet) as progress:
         progress(f"loading {base}", 0, 1, "")

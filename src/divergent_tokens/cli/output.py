@@ -1,12 +1,13 @@
 """What a command prints and writes, and its exit codes."""
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console, RenderableType
 
@@ -25,10 +26,17 @@ def check_out(out: Path, *inputs: Path | str | None) -> None:
     from divergent_tokens.store import check_writable
 
     check_writable(out)
+    if not out.is_file():
+        return
     for file in inputs:
-        if file and out.is_file() and Path(file).exists() and out.samefile(file):
+        path = Path(file or "").expanduser()
+        if file and path.is_file() and out.samefile(path):
             raise DivergentTokensError(
                 f"--out {out} would replace {file}, which is read; name another file"
+            )
+        if file and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise DivergentTokensError(
+                f"--out {out} would replace a file of {file}, which is read; name another file"
             )
 
 
@@ -64,7 +72,14 @@ def print_out(text: str) -> None:
 
 def print_rich(what: RenderableType | Callable[[int], RenderableType]) -> None:
     """Print a table or text; a function is given the terminal's width and makes it."""
-    console = Console()
+    terminal = Console()
+    # Into memory first: rich writes even what it captures, and fails where the disk is full.
+    console = Console(
+        file=io.StringIO(),
+        width=terminal.width,
+        force_terminal=terminal.is_terminal,
+        color_system=cast(Any, terminal.color_system),
+    )
     with console.capture() as captured:
         console.print(what(console.width) if callable(what) else what)
     print_out(captured.get())

@@ -104,7 +104,7 @@ def sweep(
         raise DivergentTokensError(
             "a probe reads no text; give --method measure for perplexities, or leave out --text"
         )
-    check_out(out, text, prompts)
+    check_out(out, base, text, prompts)
 
     from divergent_tokens.compress.components import find_components
     from divergent_tokens.compress.schemes import parse_scheme

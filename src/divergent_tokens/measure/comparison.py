@@ -97,6 +97,7 @@ class Comparison:
             "n_prompts": len(c.prompts),
             "left_out": c.prompts.left_out,
             "skipped": c.prompts.skipped,
+            "wanted": c.prompts.wanted,
             "prefix": c.prompts.prefix,
             "new_tokens": c.new_tokens,
             "ignore_eos": c.ignore_eos,

@@ -51,6 +51,8 @@ class PromptSet:
     """Documents read that were shorter than the prefix (or longer than the model's positions)."""
     skipped: int
     """Documents that would have fitted, skipped because the caller holds them apart."""
+    wanted: int | None = None
+    """How many prompts were asked for, where the source has fewer."""
 
     @cached_property
     def digest(self) -> str:
@@ -87,7 +89,7 @@ def read_prompts(
             f"n_prompts={n_prompts}, prefix={prefix}, skip={skip}; expected at least 1, 1 and 0"
         )
     key = content_key(
-        kind="self/1",
+        kind="self/2",
         model=model.fingerprint,
         dtype=str(model.dtype),
         device=model.device.type,
@@ -140,7 +142,8 @@ def _choose(
             break
     if len(kept) <= skip:
         raise PromptError(_none_long_enough(source, prefix, chat, left_out, len(kept), skip))
-    return PromptSet(tuple(kept[skip:]), source, None if chat else prefix, left_out, skip)
+    wanted = n_prompts if len(kept) < skip + n_prompts else None
+    return PromptSet(tuple(kept[skip:]), source, None if chat else prefix, left_out, skip, wanted)
 
 
 def _draw(model: Model, prefix: int, chat: bool, seed: int, wanted: int) -> Iterator[Document]:
@@ -154,7 +157,7 @@ def _read_drawn(cache: Path | None, key: str) -> PromptSet | None:
     if entry is None:
         return None
     prompts = tuple(Prompt(tuple(p["ids"]), p["text"]) for p in entry.header["prompts"])
-    rest = {name: entry.header[name] for name in ("prefix", "left_out", "skipped")}
+    rest = {name: entry.header[name] for name in ("prefix", "left_out", "skipped", "wanted")}
     return PromptSet(prompts, "self", **rest)
 
 
@@ -165,6 +168,7 @@ def _write_drawn(cache: Path, key: str, drawn: PromptSet) -> None:
             "prefix": drawn.prefix,
             "left_out": drawn.left_out,
             "skipped": drawn.skipped,
+            "wanted": drawn.wanted,
         }
 
 

@@ -92,7 +92,8 @@ def title(record: Record) -> str:
     start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
     return (
         f"{base['reference']} ({base['dtype']}, {base['device']}) on {prompts['n_prompts']} "
-        f"prompts of {start} from {prompts['source']}, {prompts['new_tokens']} new tokens"
+        f"prompt{'s' if prompts['n_prompts'] > 1 else ''} of {start} from {prompts['source']}, "
+        f"{prompts['new_tokens']} new tokens"
     )
 
 
@@ -121,6 +122,17 @@ def notes(record: Record) -> Iterator[str]:
         yield (
             f"{percent(floor['repeated'])} of the base's tokens lie in repeated passages. Loops "
             "hardly diverge: SDT and KL shrink with --new-tokens, so compare only at equal length."
+        )
+    if prompts.get("wanted"):
+        yield (
+            f"{prompts['wanted']} prompts were asked for; the source has {prompts['n_prompts']} "
+            "that fit."
+        )
+    same = len(prompts["texts"]) - len(set(prompts["texts"]))
+    if same:
+        yield (
+            f"{same} of the prompts are the same as another one, and count as if they were not: "
+            "the ranges are too narrow."
         )
     if prompts["left_out"]:
         why = (
