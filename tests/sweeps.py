@@ -144,12 +144,10 @@ def sweep(
 def written(path: Path, sweep: Sweep) -> Sensitivities:
     """The same through a file."""
     run = {**sweep.run, "rounding_kl": sweep.rounding_kl}
-    rows = [
-        (row, sweep.draws(row.component, row.scheme), sweep.prompt_kl(row.component, row.scheme, 0))
-        for row in sweep.rows
-    ]
     with open_sensitivities(path, run, sweep.components, sweep.prompts, sweep.margins) as writer:
-        for row, draws, nats in rows:
-            probed = row.method == "probe"
-            writer.add(row, draws=draws if probed else None, prompt_kl=None if probed else nats)
+        probed = [row for row in sweep.rows if row.method == "probe"]
+        writer.add_all([(row, sweep.draws(row.component, row.scheme)) for row in probed])
+        for row in sweep.rows:
+            if row.method == "measure":
+                writer.add(row, prompt_kl=sweep.prompt_kl(row.component, row.scheme, row.method))
     return read_sensitivities(path)

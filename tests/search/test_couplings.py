@@ -63,8 +63,17 @@ def test_latent_attention():
 
 
 def test_schemes_that_vllm_loads():
-    schemes = ["int8", "int6:g64", "int4:g64:asym", "int8:tensor", "fp8", "magnitude:0.5+int3"]
-    assert loadable(schemes, VLLM, "llama") == ("int8", "int4:g64:asym", "int8:tensor", "fp8")
+    schemes = [
+        "int8",
+        "int6:g64",
+        "int4:g64:asym",
+        "int8:tensor",
+        "fp8",
+        "magnitude:0.5+int3",
+        "from:a+int3",
+    ]
+    fit = ("int8", "int4:g64:asym", "int8:tensor", "fp8", "from:a+int3")
+    assert loadable(schemes, VLLM, "llama") == fit
     assert loadable(schemes, TRANSFORMERS, "llama") == tuple(schemes)
     assert loadable(schemes, None, "gpt2") == tuple(schemes)
 

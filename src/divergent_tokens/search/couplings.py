@@ -81,7 +81,7 @@ def _unloadable(scheme: str, coupling: Coupling | None, model_type: str | None) 
     """Why it cannot be loaded, or None."""
     if coupling is Coupling.transformers and model_type in _CONV1D_MODELS:
         return f"transformers fills the Conv1D layers of {model_type} with new weights"
-    if coupling is Coupling.vllm:
+    if coupling is Coupling.vllm and not scheme.startswith("from:"):  # a path may hold anything
         for step in scheme.split("+"):
             bits = _INTEGERS.match(step)
             if bits and bits[1] not in ("4", "8"):
