@@ -274,6 +274,7 @@ def _example_heading(example: Record) -> str:
 def _example_lines(example: Record) -> Iterator[tuple[str, str, str]]:
     """A word, the text, and its style: the end of what is shared, the start of what is not."""
     yield "prompt", example["prompt_text"][-200:], ""
-    yield "both", example["shared_text"][-200:], ""
+    if example["shared_text"]:
+        yield "both", example["shared_text"][-200:], ""
     yield "base", example["base_text"][:300], "green"
     yield "candidate", example["candidate_text"][:300], "red"
