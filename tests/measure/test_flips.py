@@ -137,11 +137,12 @@ def test_a_reading_inverts_the_law(kl, a):
     (found,) = readings(margins, [(kl, exact.sdt, exact.fdt)])
     assert found.sdt == pytest.approx(a, rel=1e-3)
     assert found.fdt == pytest.approx(a, rel=1e-3)
-    assert found.n_flips == pytest.approx(exact.sdt * 200)
-    assert found.n_first == pytest.approx(exact.n_first, rel=1e-3)
+    usual = expected(margins, 2.4 * math.sqrt(kl))
+    assert found.n_flips == pytest.approx(usual.sdt * 200, rel=1e-2)
+    assert found.n_first == pytest.approx(usual.n_first, rel=1e-2)
 
 
-def test_what_no_noise_gives_is_no_reading():
+def test_what_no_noise_gives():
     margins = [[1.0, 2.0, -1.0], [3.0, 4.0, 5.0]]
 
     def constants(**changes):
@@ -149,11 +150,11 @@ def test_what_no_noise_gives_is_no_reading():
         (found,) = readings(margins, [tuple(given.values())])
         return found.sdt, found.fdt
 
-    assert None not in constants()
-    assert constants(sdt=0.0)[0] is None  # nothing diverged
-    assert constants(sdt=1 / 7)[0] is None  # fewer than have a negative margin
+    assert min(constants()) > 0
+    assert constants(sdt=0.0)[0] == 0  # nothing diverged
+    assert constants(sdt=1 / 7)[0] == 0  # fewer than have a negative margin
     assert constants(sdt=0.7)[0] is None
-    assert constants(fdt=3.0)[1] is None  # the first prompt ends at 2 without any noise
+    assert constants(fdt=3.0)[1] == 0  # the first prompt ends at 2 without any noise
     assert constants(fdt=0.0)[1] is None
     assert constants(kl=0.0) == (None, None)
 
@@ -170,9 +171,21 @@ def test_fitted_constants_find_what_was_planted():
     assert law.sdt.n_measured == law.fdt.n_measured == 30
 
 
+def test_candidates_that_hardly_diverge_do_not_bend_the_constant():
+    """Many have no divergent token; where there is one it was luck."""
+    rng = np.random.default_rng(3)
+    margins = draw_margins(40, 20)
+    rows = [(kl, *measured(margins, kl, 2.0, rng)) for kl in 10 ** rng.uniform(-6, -3.5, 1500)]
+    assert np.mean([sdt == 0 for _, sdt, _ in rows]) > 0.3
+    law = fit(readings(margins, rows))
+    assert law.sdt.value == pytest.approx(2.0, rel=0.08)
+    assert law.fdt.value == pytest.approx(2.0, rel=0.08)
+
+
 def test_without_readings_other_bases_speak():
     assert fit([]) == UNFITTED
     assert fit([Reading(None, None, 0.0, 0.0)]) == UNFITTED
+    assert fit([Reading(0.0, 0.0, 0.1, 0.1)]) == UNFITTED  # nothing was seen to diverge
     one = fit([Reading(1.5, None, 400.0, 0.0)])
     assert one.sdt.value == pytest.approx(1.5)
     assert one.sdt.spread == UNFITTED.sdt.spread  # one reading has none of its own
@@ -224,7 +237,7 @@ def test_what_widens_an_interval():
 def test_a_prediction_stays_in_range_and_goes_to_json(kl):
     margins = [*draw_margins(8, 20), np.array([0.5])]
     found = predict(margins, kl, kl_se=kl)
-    for part, top in ((found.sdt, 1), (found.fdt, np.mean([20] * 8 + [1]))):
+    for part, top in ((found.sdt, 1), (found.fdt, 20)):
         assert 0 <= part.low <= part.value <= part.high <= top
     for t, share, low, high in found.survival:
         assert 0 <= low <= share <= high <= 1, t
@@ -238,6 +251,13 @@ def test_nothing_is_expected_of_an_unchanged_model():
     found = predict(draw_margins(5, 9), 0.0)
     assert (found.sdt.value, found.fdt.value) == (0, 9)
     assert all(share == 1 for _, share, *_ in found.survival)
+
+
+def test_that_nothing_diverges_is_within_the_interval_where_it_is_likely_enough():
+    found = predict([[0.05, *[9.0] * 19]] * 4, 1e-4)  # one chance in sixty for every prompt
+    assert found.sdt.low == 0 < found.sdt.value
+    assert found.fdt.value < found.fdt.high == 20
+    assert predict([[0.05, *[9.0] * 19]] * 4, 1e-2).sdt.low > 0
 
 
 def test_above_the_limit_there_is_a_reason_and_no_number():

@@ -65,9 +65,7 @@ def test_readings_come_back_from_the_trail(base, tmp_path):
     (reading,) = readings_of(path, fingerprint="ab" * 32)
     assert reading == Reading(**step["reading"])
     assert reading.sdt > 0
-    assert reading.n_flips == pytest.approx(
-        step["metrics"]["sdt"]["value"] * step["metrics"]["n_tokens"]
-    )
+    assert reading.n_flips > reading.n_first > 0
 
 
 def test_trails_that_are_not_ours(base, tmp_path):

@@ -9,7 +9,7 @@ what FDT does, since flips that come together leave the mean SDT alone and chang
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,14 +59,16 @@ UNFITTED = FlipLaw(Constant(2.4, 0.3, 0), Constant(2.4, 0.4, 0))
 
 @dataclass(frozen=True)
 class Reading:
-    """The constants that one measured candidate asks for; None where it says nothing about one."""
+    """The constants that one measured candidate asks for."""
 
     sdt: float | None
+    """0 where no more diverged than without any noise; None where more did than any noise makes."""
     fdt: float | None
+    """The same, by the mean FDT."""
     n_flips: float
-    """Divergent tokens that `sdt` rests on."""
+    """Divergent tokens to expect at its KL: what `sdt` rests on."""
     n_first: float
-    """Prompts that diverged, which `fdt` rests on."""
+    """Diverged prompts to expect at its KL: what `fdt` rests on."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -93,6 +95,8 @@ class Expected:
     """The part from prompt to prompt."""
     n_first: float
     """Prompts that diverge."""
+    log_whole: float
+    """Logarithm of the chance that a prompt does not diverge, averaged over prompts."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def _expected(margins: Floats, there: NDArray[np.bool_], sigma: float) -> Expect
         fdt_variance=fdt_between + float((squared - fdt**2).mean()),
         fdt_variance_between=fdt_between,
         n_first=float((1 - alive[:, -1]).sum()),
+        log_whole=float(np.log(np.maximum(alive[:, -1], 1e-300)).mean()),
     )
 
 
@@ -194,9 +199,8 @@ def readings(
 ) -> tuple[Reading, ...]:
     """The constants that candidates ask for, each measured on these prompts as KL, SDT, FDT.
 
-    KL in nats per token. A constant is None where the SDT or FDT is one that no noise gives:
-    nothing diverged, or fewer tokens than have a negative margin, or nearly all. The law is
-    inverted through a table of 300 values of σ, to a few parts in ten thousand.
+    KL in nats per token. The law is inverted through a table of 300 values of σ, to a few parts in
+    ten thousand.
     """
     padded, there = _padded(margins)
     sigmas = np.geomspace(*_SIGMA_RANGE, _N_SIGMAS)
@@ -207,24 +211,31 @@ def readings(
     n_tokens = int(there.sum())
 
     def read(kl: float, sdt: float, fdt: float) -> Reading:
+        if kl <= 0:
+            return Reading(None, None, 0.0, 0.0)
         from_sdt = _crossing(sigmas, by_sdt, sdt)
         from_fdt = _crossing(sigmas, -by_fdt, -fdt)
-        root = math.sqrt(kl) if kl > 0 else math.inf
+        usual = UNFITTED.sdt.value * math.sqrt(kl)
         return Reading(
-            sdt=None if from_sdt is None or kl <= 0 else from_sdt / root,
-            fdt=None if from_fdt is None or kl <= 0 else from_fdt / root,
-            n_flips=sdt * n_tokens,
-            n_first=0.0 if from_fdt is None else float(np.interp(from_fdt, sigmas, n_first)),
+            sdt=None if from_sdt is None else from_sdt / math.sqrt(kl),
+            fdt=None if from_fdt is None else from_fdt / math.sqrt(kl),
+            n_flips=n_tokens * float(np.interp(usual, sigmas, by_sdt)),
+            n_first=float(np.interp(usual, sigmas, n_first)),
         )
 
     return tuple(read(*one) for one in measured)
 
 
 def _crossing(sigmas: Floats, rising: Floats, value: float) -> float | None:
-    """The σ at which a rising curve has a value, between two entries of the table; or None."""
+    """The σ at which a rising curve has a value, between two entries of the table.
+
+    0 for a value below the curve, None for one above it.
+    """
     rising = np.maximum.accumulate(rising)  # negative margins let it dip where σ is small
+    if value <= rising[0]:
+        return 0.0
     at = int(np.searchsorted(rising, value, side="right"))
-    if at == 0 or at == len(rising) or value <= rising[0]:
+    if at == len(rising):
         return None
     share = (value - rising[at - 1]) / (rising[at] - rising[at - 1])
     return float(sigmas[at - 1] ** (1 - share) * sigmas[at] ** share)
@@ -233,8 +244,9 @@ def _crossing(sigmas: Floats, rising: Floats, value: float) -> float | None:
 def fit(found: Iterable[Reading]) -> FlipLaw:
     """The constants of a base from its measured candidates; those of other bases without any.
 
-    Each reading counts by the divergences that it rests on: one with three flips says little. Their
-    luck is taken out of the spread; a prediction adds that of its own prompts.
+    Each reading counts by the divergences to expect of it, also where there were none: to leave
+    those out would keep the candidates that diverged by luck. That luck is taken out of the spread;
+    a prediction adds that of its own prompts.
     """
     rows = list(found)
     return FlipLaw(
@@ -244,17 +256,16 @@ def fit(found: Iterable[Reading]) -> FlipLaw:
 
 
 def _constant(found: Sequence[tuple[float | None, float]], before: Constant) -> Constant:
-    known = [(math.log(value), weight) for value, weight in found if value and weight > 0]
-    if not known:
+    known = [(value, weight) for value, weight in found if value is not None and weight > 0]
+    values, weights = np.array(known).reshape(-1, 2).T
+    if not values.any():
         return before
-    logs, weights = np.array(known).T
-    mean = float(np.average(logs, weights=weights))
+    mean = float(np.average(values, weights=weights))
     n_like = float(weights.sum() ** 2 / (weights**2).sum())  # equally weighted readings
     luck = len(known) / float(weights.sum())  # 1 / divergences, averaged by the same weights
-    seen = max(0.0, float(np.average((logs - mean) ** 2, weights=weights)) - luck)
-    total = _PRIOR_READINGS * before.spread**2 + n_like * seen
-    variance = total / (_PRIOR_READINGS + n_like - 1)
-    return Constant(math.exp(mean), math.sqrt(variance), len(known))
+    around = float(np.average((values / mean - 1) ** 2, weights=weights))
+    total = _PRIOR_READINGS * before.spread**2 + n_like * max(0.0, around - luck)
+    return Constant(mean, math.sqrt(total / (_PRIOR_READINGS + n_like - 1)), len(known))
 
 
 # --- predictions ---
@@ -289,27 +300,42 @@ def predict(
 
     few, sdt, many = (side(law.sdt, sign) for sign in (-1, 0, 1))
     long, fdt, short = (side(law.fdt, sign) for sign in (-1, 0, 1))
-    sdt_luck = z * math.sqrt(sdt.sdt_variance / n_new + sdt.sdt_variance_between / n_own)
-    fdt_luck = z * math.sqrt(fdt.fdt_variance / n_new + fdt.fdt_variance_between / n_own)
+    sdt_luck = math.sqrt(sdt.sdt_variance / n_new + sdt.sdt_variance_between / n_own)
+    fdt_luck = math.sqrt(fdt.fdt_variance / n_new + fdt.fdt_variance_between / n_own)
     share = fdt.survival  # [t]
-    luck = z * np.sqrt(share * (1 - share) * (1 / n_new + 1 / n_own))
-    low = _beyond(share, share - short.survival, luck, -1)
-    high = _beyond(share, long.survival - share, luck, 1)
+    luck = np.sqrt(share * (1 - share) * (1 / n_new + 1 / n_own))
 
     def estimate(value: float, low: float, high: float, luck: float, top: float) -> Estimate:
-        below, above = math.hypot(value - low, luck), math.hypot(high - value, luck)
-        bounds = max(0.0, value - below), min(top, value + above)
-        return Estimate(value, *bounds, level, n_new, METHOD)
+        below, above = _bounds(*(np.array([x / top]) for x in (value, low, high, z * luck)))
+        return Estimate(value, float(top * below[0]), float(top * above[0]), level, n_new, METHOD)
 
+    longest = float(there.shape[1])  # other prompts may have longer completions than these
+    sdt_found = estimate(sdt.sdt, few.sdt, many.sdt, sdt_luck, 1.0)
+    fdt_found = estimate(fdt.fdt, short.fdt, long.fdt, fdt_luck, longest)
+    if math.exp(n_new * fdt.log_whole) > (1 - level) / 2:  # likely enough that nothing diverges
+        sdt_found, fdt_found = replace(sdt_found, low=0.0), replace(fdt_found, high=longest)
+    below, above = _bounds(share, short.survival, long.survival, z * luck)
     return Prediction(
-        sdt=estimate(sdt.sdt, few.sdt, many.sdt, sdt_luck, 1.0),
-        fdt=estimate(fdt.fdt, short.fdt, long.fdt, fdt_luck, float(there.sum(1).mean())),
+        sdt=sdt_found,
+        fdt=fdt_found,
         survival=tuple(
-            (t, float(share[t]), float(low[t]), float(high[t])) for t in range(len(share))
+            (t, float(share[t]), float(below[t]), float(above[t])) for t in range(len(share))
         ),
     )
 
 
-def _beyond(value: Floats, step: Floats, luck: Floats, sign: int) -> Floats:
-    """A curve's bound: the constant's and the luck's part in quadrature, kept within 0..1. [t]"""
-    return np.asarray(np.clip(value + sign * np.hypot(np.maximum(step, 0), luck), 0, 1))
+def _bounds(share: Floats, low: Floats, high: Floats, luck: Floats) -> tuple[Floats, Floats]:
+    """Bounds of shares: by the constant's spread and the prompts' luck, in quadrature. [t]
+
+    On the scale of arcsin √share, on which luck is about the same everywhere: so the bounds stay
+    within 0..1, and a small share has a long way up.
+    """
+    angle, below, above = (np.arcsin(np.sqrt(np.clip(x, 0, 1))) for x in (share, low, high))
+    slope = 2 * np.sqrt(share * (1 - share))
+    step = np.divide(luck, slope, out=np.zeros_like(luck), where=slope > 0)
+    down = np.hypot(np.maximum(angle - below, 0), step)
+    up = np.hypot(np.maximum(above - angle, 0), step)
+    return (
+        np.asarray(np.sin(np.maximum(angle - down, 0)) ** 2),
+        np.asarray(np.sin(np.minimum(angle + up, math.pi / 2)) ** 2),
+    )
