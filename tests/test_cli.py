@@ -410,7 +410,11 @@ def test_a_file_that_is_no_gguf(refused, place):
         ("list.jsonl", b"[1]", "line 1 of .* holds list, not an object"),
         ("bad.parquet", b"PAR1", "is not a parquet file"),
         ("prompts.csv", b"a,b", "is no source of prompts; expected builtin, self"),
-        ("short.txt", b"one two\n", r"no document .* with 8 tokens or more \(1 were left out\)"),
+        (
+            "short.txt",
+            b"one two\n",
+            r"no document .* has 8 tokens or more \(left out: 1\); each line of it is one",
+        ),
     ],
 )
 def test_prompt_files_that_hold_no_prompts(name, content, message, refused, tmp_path):

@@ -257,7 +257,7 @@ def test_that_nothing_diverges_is_within_the_interval_where_it_is_likely_enough(
     found = predict([[0.05, *[9.0] * 19]] * 4, 1e-4)  # one chance in sixty for every prompt
     assert found.sdt.low == 0 < found.sdt.value
     assert found.fdt.value < found.fdt.high == 20
-    assert predict([[0.05, *[9.0] * 19]] * 4, 1e-2).sdt.low > 0
+    assert predict([[0.05, *[9.0] * 19]] * 40, 1e-2).sdt.low > 0
 
 
 def test_above_the_limit_there_is_a_reason_and_no_number():

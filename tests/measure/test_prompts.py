@@ -66,7 +66,7 @@ def test_skipped_prompts_are_the_first_that_fit(source):
 
 
 def test_none_long_enough(source):
-    with pytest.raises(PromptError, match=r"with 40 tokens or more \(9 were left out\)"):
+    with pytest.raises(PromptError, match=r"has 40 tokens or more \(left out: 9\)"):
         read_prompts(source, runs.model(), prefix=40)
 
 
@@ -134,7 +134,7 @@ def test_chat_turns_longer_than_the_models_positions_are_left_out(tmp_path):
     found = read_prompts(str(path), chat_model(), chat=True)
     assert (len(found), found.left_out) == (1, 1)
     path.write_text("the " * 300)
-    with pytest.raises(PromptError, match="short enough for the model's positions"):
+    with pytest.raises(PromptError, match="fits the model's positions"):
         read_prompts(str(path), chat_model(), chat=True)
 
 
@@ -172,5 +172,5 @@ def test_self_prompts_are_kept_in_the_cache(tmp_path, monkeypatch):
 
 def test_self_gives_up_on_a_model_that_only_writes_short_texts():
     model = runs.with_ends(runs.model(), range(256))
-    with pytest.raises(PromptError, match="no document of self is with 8 tokens or more"):
+    with pytest.raises(PromptError, match="no document of self has 8 tokens or more"):
         read_prompts("self", model, n_prompts=2, prefix=8)

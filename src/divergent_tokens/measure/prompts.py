@@ -217,7 +217,8 @@ def _none_long_enough(
         return (
             f"{source} has {fitting} documents that fit, and {skip} are to be skipped; skip fewer"
         )
-    wanted = "short enough for the model's positions" if chat else f"with {prefix} tokens or more"
-    return f"no document of {source} is {wanted} ({left_out} were left out); " + (
+    wanted = "fits the model's positions" if chat else f"has {prefix} tokens or more"
+    lines = "each line of it is one document; " if source.lower().endswith(".txt") else ""
+    return f"no document of {source} {wanted} (left out: {left_out}); {lines}" + (
         "use shorter ones" if chat else "use a smaller --prefix or longer documents"
     )
