@@ -31,7 +31,7 @@ from divergent_tokens.measure.head import Head, find_head
 from divergent_tokens.measure.intervals import pooled
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.scores import chunk_tokens
-from divergent_tokens.measure.states import by_length
+from divergent_tokens.measure.states import by_length, completion_states
 from divergent_tokens.models import Model
 
 FIRST_TRY = {"cpu": 8, "cuda": 32}
@@ -123,14 +123,10 @@ def _run(
     sequences = completions.sequences()
     ids = padded([sequences[i] for i in batch], base.device)
     sums.start(ids)
-    starts = [len(completions.prompts.prompts[i].ids) - 1 for i in batch]
     rows = np.repeat(np.arange(len(batch)), completions.lengths[list(batch)])
-    positions = np.concatenate(
-        [np.arange(completions.lengths[i]) + a for i, a in zip(batch, starts, strict=True)]
-    )
     with torch.enable_grad():
-        hidden = head.hidden(ids)
-        chosen = hidden[torch.from_numpy(rows), torch.from_numpy(positions)]  # [token, hidden]
+        states = completion_states(base, completions, batch, ids, head.hidden(ids))
+        chosen = torch.cat(states)  # [token, hidden]
         uniforms = torch.cat([_uniforms(completions, i, sums.n_draws, seed) for i in batch], 1)
         gradients = _head_gradients(head, chosen.detach(), uniforms, sums, rows)
         for draw, gradient in enumerate(gradients):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -29,10 +30,8 @@ from divergent_tokens.cli.options import (
 )
 from divergent_tokens.cli.output import (
     FAILED,
-    as_json,
     check_out,
-    print_out,
-    print_rich,
+    print_record,
     progress_bar,
     say,
     write_json,
@@ -144,7 +143,6 @@ def compare(
     from divergent_tokens.measure import comparison
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
-    from divergent_tokens.models import load_model
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
@@ -164,9 +162,7 @@ def compare(
     }
     model_candidates(*(candidates or ()), **loading)
     with progress_bar(quiet) as progress:
-        progress(f"loading {base}", 0, 1, "")
-        model = load_model(base, **loading)
-        progress(f"loading {base}", 1, 1, "")
+        model = load_base(base, progress, **loading)
         # In the base's dtype and on its device: other rounding would be counted as harm.
         loading |= {"dtype": model.dtype, "device": model.device}
         models = model_candidates(*(candidates or ()), **loading)
@@ -249,12 +245,12 @@ def _check_decidable(
 def _print_comparison(record: dict[str, Any], format: Format) -> None:
     from divergent_tokens.report.text import comparison_markdown, comparison_text
 
-    if format is Format.json:
-        print_out(as_json(record) + "\n")
-    elif format is Format.markdown:
-        print_out(comparison_markdown(record))
-    else:
-        print_rich(lambda width: comparison_text(record, width=width))
+    print_record(
+        record,
+        format,
+        text=lambda width: comparison_text(record, width=width),
+        markdown=lambda: comparison_markdown(record),
+    )
 
 
 def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -24,7 +25,11 @@ from divergent_tokens.cli.options import (
     TextField,
     TrustRemoteCode,
 )
-from divergent_tokens.cli.output import check_out, print_out, progress_bar
+from divergent_tokens.cli.output import (
+    check_out,
+    print_out,
+    progress_bar,
+)
 from divergent_tokens.cli.signals import on_signals, tidy_up
 
 
@@ -52,23 +57,21 @@ def complete(
     from divergent_tokens.measure import completions
     from divergent_tokens.measure.engine import write_completions
     from divergent_tokens.measure.prompts import read_prompts
-    from divergent_tokens.models import load_model
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
     check_out(out, base, prompts)
     cache = cache or default_cache()
     with progress_bar(quiet) as progress:
-        progress(f"loading {base}", 0, 1, "")
-        model = load_model(
+        model = load_base(
             base,
+            progress,
             dtype=dtype,
             device=device,
             cache=cache,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        progress(f"loading {base}", 1, 1, "")
         written = completions.complete(
             model,
             read_prompts(

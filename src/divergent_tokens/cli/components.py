@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -15,7 +16,10 @@ from divergent_tokens.cli.options import (
     Quiet,
     TrustRemoteCode,
 )
-from divergent_tokens.cli.output import as_json, print_out, print_rich, progress_bar
+from divergent_tokens.cli.output import (
+    print_record,
+    progress_bar,
+)
 from divergent_tokens.cli.signals import on_signals, tidy_up
 
 if TYPE_CHECKING:
@@ -50,23 +54,21 @@ def components(
     """List a model's weight matrices: name, kind, layer, shape, parameters, bytes."""
     from divergent_tokens.compress.components import find_components
     from divergent_tokens.compress.schemes import parse_scheme
-    from divergent_tokens.models import load_model
     from divergent_tokens.report.components import components_markdown, components_text
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
     schemes = list(dict.fromkeys(map(parse_scheme, scheme or ())))
     with progress_bar(quiet) as progress:
-        progress(f"loading {base}", 0, 1, "")
-        model = load_model(
+        model = load_base(
             base,
+            progress,
             dtype=dtype,
             device=device,
             cache=cache or default_cache(),
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        progress(f"loading {base}", 1, 1, "")
     chosen = find_components(model.network, include=include or (), exclude=exclude or ())
     for one in schemes:
         one.check(chosen)
@@ -80,12 +82,12 @@ def components(
         "schemes": list(map(str, schemes)),
         "components": [_json(c, schemes, included=c.name in names) for c in listed],
     }
-    if format is Format.json:
-        print_out(as_json(record) + "\n")
-    elif format is Format.markdown:
-        print_out(components_markdown(record))
-    else:
-        print_rich(components_text(record))
+    print_record(
+        record,
+        format,
+        text=lambda _width: components_text(record),
+        markdown=lambda: components_markdown(record),
+    )
 
 
 def _json(component: "Component", schemes: "Sequence[Scheme]", *, included: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console, RenderableType
 
+from divergent_tokens.cli.options import Format
 from divergent_tokens.errors import DivergentTokensError
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def print_out(text: str) -> None:
         ) from error
 
 
-def print_rich(what: RenderableType | Callable[[int], RenderableType]) -> None:
-    """Print a table or text; a function is given the terminal's width and makes it."""
+def print_rich(make: Callable[[int], RenderableType]) -> None:
+    """Print the table or text that is made for the terminal's width."""
     terminal = Console()
     # Into memory first: rich writes even what it captures, and fails where the disk is full.
     console = Console(
@@ -81,8 +82,24 @@ def print_rich(what: RenderableType | Callable[[int], RenderableType]) -> None:
         color_system=cast(Any, terminal.color_system),
     )
     with console.capture() as captured:
-        console.print(what(console.width) if callable(what) else what)
+        console.print(make(console.width))
     print_out(captured.get())
+
+
+def print_record(
+    record: dict[str, Any],
+    format: Format,
+    *,
+    text: Callable[[int], RenderableType],
+    markdown: Callable[[], str],
+) -> None:
+    """Print a record as it was asked for; `text` is given the terminal's width."""
+    if format is Format.json:
+        print_out(as_json(record) + "\n")
+    elif format is Format.markdown:
+        print_out(markdown())
+    else:
+        print_rich(text)
 
 
 def drop_output() -> None:

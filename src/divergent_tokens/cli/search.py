@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     BatchSize,
@@ -19,10 +20,8 @@ from divergent_tokens.cli.options import (
     TrustRemoteCode,
 )
 from divergent_tokens.cli.output import (
-    as_json,
     check_out,
-    print_out,
-    print_rich,
+    print_record,
     progress_bar,
     write_json,
 )
@@ -286,23 +285,21 @@ def _measured(
 ) -> Mapping[str, Any]:
     """Each plan's measurement as a step of its trail; what is not given is as the sweep had it."""
     from divergent_tokens.measure.prompts import read_prompts
-    from divergent_tokens.models import load_model
     from divergent_tokens.search.held_out import measure_plans
     from divergent_tokens.store import default_cache
 
     run, cache = sensitivities.run, cache or default_cache()
     reference = base or run["base"]["reference"]
     with progress_bar(quiet) as progress:
-        progress(f"loading {reference}", 0, 1, "")
-        model = load_model(
+        model = load_base(
             reference,
+            progress,
             dtype=dtype or run["dtype"],
             device=device,
             cache=cache,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        progress(f"loading {reference}", 1, 1, "")
         if model.fingerprint != run["base"]["fingerprint"]:
             raise RecordError(
                 f"{sensitivities.path} is of another base: {run['base']['reference']} with the "
@@ -394,9 +391,9 @@ def _write(
 def _print_search(record: dict[str, Any], format: Format) -> None:
     from divergent_tokens.report.search import search_markdown, search_text
 
-    if format is Format.json:
-        print_out(as_json(record) + "\n")
-    elif format is Format.markdown:
-        print_out(search_markdown(record))
-    else:
-        print_rich(search_text(record))
+    print_record(
+        record,
+        format,
+        text=lambda _width: search_text(record),
+        markdown=lambda: search_markdown(record),
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -28,7 +29,11 @@ from divergent_tokens.cli.options import (
     TextField,
     TrustRemoteCode,
 )
-from divergent_tokens.cli.output import as_json, check_out, print_out, print_rich, progress_bar
+from divergent_tokens.cli.output import (
+    check_out,
+    print_record,
+    progress_bar,
+)
 from divergent_tokens.cli.signals import on_signals, tidy_up
 from divergent_tokens.errors import DivergentTokensError
 
@@ -110,7 +115,6 @@ def sweep(
     from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
-    from divergent_tokens.models import load_model
     from divergent_tokens.sensitivities import resumed_run
     from divergent_tokens.store import default_cache
     from divergent_tokens.sweep import sweep as sweep_all
@@ -122,16 +126,15 @@ def sweep(
     resumed_run(out, {"seed": seed, "new_tokens": new_tokens, "ignore_eos": ignore_eos})
     cache = cache or default_cache()
     with progress_bar(quiet) as progress:
-        progress(f"loading {base}", 0, 1, "")
-        model = load_model(
+        model = load_base(
             base,
+            progress,
             dtype=dtype,
             device=device,
             cache=cache,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
-        progress(f"loading {base}", 1, 1, "")
         components = find_components(model.network, include=include or (), exclude=exclude or ())
         found = sweep_all(
             model,
@@ -218,9 +221,9 @@ def _scheme_json(
 def _print_sweep(record: dict[str, Any], format: Format) -> None:
     from divergent_tokens.report.sweep import sweep_markdown, sweep_text
 
-    if format is Format.json:
-        print_out(as_json(record) + "\n")
-    elif format is Format.markdown:
-        print_out(sweep_markdown(record))
-    else:
-        print_rich(sweep_text(record))
+    print_record(
+        record,
+        format,
+        text=lambda _width: sweep_text(record),
+        markdown=lambda: sweep_markdown(record),
+    )

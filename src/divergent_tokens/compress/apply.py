@@ -141,15 +141,10 @@ def _quantize_inputs(
                 hook = module.register_forward_pre_hook(partial(_quantized_first, activations))
                 stack.callback(hook.remove)
             continue
-        masks = stacked.setdefault(_part_of_stack(component), {})
+        masks = stacked.setdefault(component.part_of_stack, {})
         none = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
         masks.setdefault(activations, none)[component.stack_index] = True
     keep_open(stack, network, [c for _, c, _ in active], partial(_quantized_rows, stacked))
-
-
-def _part_of_stack(component: Component) -> tuple[str, str]:
-    """The module that holds the component's expert among others, and gate, up or down."""
-    return component.parameter.rpartition(".")[0], component.name.rpartition(".")[2]
 
 
 def _quantized_first(

@@ -33,9 +33,7 @@ class Changes:
         self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         for i, component in enumerate(components):
             if component.stack_index is not None:
-                stack = component.parameter.rpartition(".")[0]
-                part = component.name.rpartition(".")[2]
-                self._experts[stack, part][component.stack_index] = i
+                self._experts[component.part_of_stack][component.stack_index] = i
         self._kept: dict[int | tuple[str, str, int], Tensor] = {}
         self._kept_bytes = 0
 

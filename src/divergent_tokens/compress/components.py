@@ -54,6 +54,11 @@ class Component:
         return self.layer is None
 
     @property
+    def part_of_stack(self) -> tuple[str, str]:
+        """The module that holds the component's expert among others, and gate, up or down."""
+        return self.parameter.rpartition(".")[0], self.name.rpartition(".")[2]
+
+    @property
     def n_parameters(self) -> int:
         """Weights in the matrix; biases are not counted."""
         return self.shape[0] * self.shape[1]

@@ -1,17 +1,12 @@
 """A model's components, for a terminal and as Markdown; records in, runs no model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from divergent_tokens.report.numbers import MISSING
-from divergent_tokens.report.tables import escaped, harmless, markdown_table, table
-
-Record = Mapping[str, Any]
-Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
-"""Column names, rows of cells, and a heading."""
+from divergent_tokens.report.tables import Record, Section, harmless, markdown_page, table
 
 _COLUMNS = ("name", "kind", "layer", "[out, in]", "parameters", "bytes")
 _TOTALS = ("kind", "components", "parameters", "bytes")
@@ -29,11 +24,7 @@ def components_text(record: Record) -> RenderableType:
 def components_markdown(record: Record) -> str:
     """The same as Markdown."""
     record = harmless(record)
-    lines = [escaped(_title(record))]
-    for columns, rows, heading in _sections(record):
-        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
-    lines += [line for note in _notes(record) for line in ("", f"- {escaped(note)}")]
-    return "\n".join(lines) + "\n"
+    return markdown_page(_title(record), _sections(record), _notes(record))
 
 
 def _included(record: Record) -> list[Record]:

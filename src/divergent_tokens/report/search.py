@@ -1,27 +1,23 @@
 """What a search found, for a terminal and as Markdown; records in, runs no model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from divergent_tokens.report.numbers import MISSING, estimate, number, percent
 from divergent_tokens.report.tables import (
-    escaped,
+    Record,
+    Section,
     harmless,
-    markdown_table,
-    on_one_line,
+    markdown_page,
+    on_prompts,
     table,
 )
 
 UNSURE = 0.75
 """A pick that fewer resamples make is said to be unsure."""
 MOST_NAMES = 3
-
-Record = Mapping[str, Any]
-Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
-"""Column names, rows of cells, and a heading."""
 
 
 def search_text(record: Record) -> RenderableType:
@@ -38,12 +34,7 @@ def search_text(record: Record) -> RenderableType:
 def search_markdown(record: Record) -> str:
     """The same as Markdown."""
     record = harmless(record)
-    lines = [escaped(title(record))]
-    for columns, rows, heading in _sections(record):
-        cells = [[on_one_line(cell) for cell in row] for row in rows]
-        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, cells)]
-    lines += ["", *(f"- {escaped(note)}" for note in notes(record))]
-    return "\n".join(lines) + "\n"
+    return markdown_page(title(record), _sections(record), notes(record))
 
 
 def title(record: Record) -> str:
@@ -121,11 +112,7 @@ def _measured(metrics: Record, name: str) -> str:
 
 
 def _on(prompts: Record) -> str:
-    start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
-    return (
-        f"predicted and measured on {prompts['n_prompts']} prompts of {start} from "
-        f"{prompts['source']}, {prompts['new_tokens']} new tokens"
-    )
+    return f"predicted and measured {on_prompts(prompts, prompts['new_tokens'])}"
 
 
 def _curve(points: Sequence[Record]) -> Section:

@@ -1,17 +1,19 @@
 """What a sweep found, for a terminal and as Markdown; records in, runs no model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from divergent_tokens.report.numbers import number, percent
-from divergent_tokens.report.tables import escaped, harmless, markdown_table, table
-
-Record = Mapping[str, Any]
-Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
-"""Column names, rows of cells, and a heading."""
+from divergent_tokens.report.tables import (
+    Record,
+    Section,
+    harmless,
+    markdown_page,
+    on_prompts,
+    table,
+)
 
 
 def sweep_text(record: Record) -> RenderableType:
@@ -27,25 +29,18 @@ def sweep_text(record: Record) -> RenderableType:
 def sweep_markdown(record: Record) -> str:
     """The same as Markdown."""
     record = harmless(record)
-    lines = [escaped(title(record))]
-    for columns, rows, heading in _sections(record):
-        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
-    lines += ["", *(f"- {escaped(note)}" for note in notes(record))]
-    return "\n".join(lines) + "\n"
+    return markdown_page(title(record), _sections(record), notes(record))
 
 
 def title(record: Record) -> str:
     """What was swept, on what."""
-    prompts = record["prompts"]
-    start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
     how = "measured one by one"
     if record["method"] == "probe":
         n = record["n_draws"]
         how = f"probed with {n} draw{'' if n == 1 else 's'} a prompt"
     return (
         f"{record['base']['reference']} ({record['dtype']}, {record['device']}), components {how} "
-        f"on {prompts['n_prompts']} prompts of {start} from {prompts['source']}, "
-        f"{record['new_tokens']} new tokens"
+        f"{on_prompts(record['prompts'], record['new_tokens'])}"
     )
 
 

@@ -1,10 +1,14 @@
 """Tables for a terminal and for Markdown, of cells that are text already."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+Record = Mapping[str, Any]
+Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Column names, rows of cells, and a heading."""
 
 GAP = 2
 """Blanks between two columns."""
@@ -41,6 +45,26 @@ def on_one_line(cell: str) -> str:
     """A value and its interval beside each other."""
     value, _, interval = cell.partition("\n")
     return f"{value} ({interval})" if interval else value
+
+
+def markdown_page(title: str, sections: Iterable[Section], notes: Iterable[str]) -> str:
+    """A title, tables under their headings, and notes, in Markdown."""
+    lines = [escaped(title)]
+    for columns, rows, heading in sections:
+        cells = [[on_one_line(cell) for cell in row] for row in rows]
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, cells)]
+    listed = [f"- {escaped(note)}" for note in notes]
+    return "\n".join([*lines, *([""] if listed else []), *listed]) + "\n"
+
+
+def on_prompts(prompts: Record, new_tokens: int) -> str:
+    """What was measured on: how many prompts, how long, where from, how far they went on."""
+    n = prompts["n_prompts"]
+    start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
+    return (
+        f"on {n} prompt{'' if n == 1 else 's'} of {start} from {prompts['source']}, "
+        f"{new_tokens} new tokens"
+    )
 
 
 def harmless(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Tables for a terminal and for a model card, from comparison.json's content; runs no model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
@@ -11,10 +10,13 @@ from rich.text import Text
 from divergent_tokens.report.numbers import estimate, number, percent, sparkline
 from divergent_tokens.report.tables import (
     GAP,
+    Record,
+    Section,
     escaped,
     harmless,
     markdown_table,
     on_one_line,
+    on_prompts,
     table,
 )
 
@@ -30,8 +32,6 @@ LONGEST_NAME = 28
 
 _HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
 _GROUPS = (("by_domain", "domain"), ("by_language", "language"))
-
-Record = Mapping[str, Any]
 
 
 def ordered(record: Record) -> list[Record]:
@@ -89,12 +89,8 @@ def comparison_markdown(record: Record) -> str:
 def title(record: Record) -> str:
     """What was compared, on what."""
     base, prompts = record["base"], record["prompts"]
-    start = "whole chat turns" if prompts["prefix"] is None else f"{prompts['prefix']} tokens"
-    return (
-        f"{base['reference']} ({base['dtype']}, {base['device']}) on {prompts['n_prompts']} "
-        f"prompt{'s' if prompts['n_prompts'] > 1 else ''} of {start} from {prompts['source']}, "
-        f"{prompts['new_tokens']} new tokens"
-    )
+    on = on_prompts(prompts, prompts["new_tokens"])
+    return f"{base['reference']} ({base['dtype']}, {base['device']}) {on}"
 
 
 def notes(record: Record) -> Iterator[str]:
@@ -207,11 +203,7 @@ def _shortened(name: str) -> str:
     return f"{parts[-1][:half]}…{parts[-1][-half:]}"
 
 
-_Section = tuple[Sequence[str], Sequence[Sequence[str]], str]
-"""Column names, rows of cells, and a heading."""
-
-
-def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[_Section]:
+def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[Section]:
     """Perplexities, breakdowns with so many candidates beside each other, and pairs."""
     candidates = ordered(record)
     if record["noise_floor"]["ppl"]:
@@ -240,7 +232,7 @@ def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Itera
 
 def _breakdown(
     record: Record, candidates: Sequence[Record], name: str, header: str, labels: Mapping[str, str]
-) -> _Section:
+) -> Section:
     """SDT of candidates within each group: where a model drifts."""
     columns = (header, "prompts", *(labels[candidate["name"]] for candidate in candidates))
     rows = [

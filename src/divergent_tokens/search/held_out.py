@@ -13,9 +13,7 @@ from divergent_tokens.measure.flips import Reading, readings
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.models import Model
-
-ROUNDING_FACTOR = 3
-"""A KL under so many times the rounding floor is rounding."""
+from divergent_tokens.sensitivities import ROUNDING_FACTOR
 
 
 def measure_plans(
