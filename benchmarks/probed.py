@@ -79,7 +79,8 @@ def run_of(sweep: Sensitivities) -> dict[str, Any]:
     run = sweep.run
     prompts = {k: v for k, v in run["prompts"].items() if k != "digest"}
     prompts["source"] = Path(prompts["source"]).name
-    return {"dtype": run["dtype"], "prompts": prompts, "new_tokens": run["new_tokens"]}
+    kept = {name: run[name] for name in ("device", "versions", "dtype", "new_tokens")}
+    return {**kept, "prompts": prompts}
 
 
 def row(

@@ -25,14 +25,14 @@ def main() -> None:
     counts = [round(share * len(names)) for share in arguments.shares]
     plans: dict[str, dict[str, str]] = {}
     for scheme in schemes:
-        for order, harm in orders(sweep, rows, scheme).items():
+        for order, harm in orders(arguments, sweep, rows, scheme).items():
             ascending = sorted(names, key=harm)
             for k in counts:
                 plans[f"{scheme}, {order}, {k}"] = dict.fromkeys(ascending[:k], scheme)
     found = measure(arguments, sweep, plans)
     for scheme in schemes:
         print(f"\nheld-out FDT (SDT), {scheme}")
-        for order in orders(sweep, rows, scheme):
+        for order in orders(arguments, sweep, rows, scheme):
             cells = (found[f"{scheme}, {order}, {k}"] for k in counts)
             values = "  ".join(
                 f"{cell['fdt']['value']:6.1f} ({100 * cell['sdt']['value']:.2f}%)" for cell in cells
@@ -49,7 +49,10 @@ def main() -> None:
 
 
 def orders(
-    sweep: Sensitivities, rows: dict[tuple[str, str], Any], scheme: str
+    arguments: argparse.Namespace,
+    sweep: Sensitivities,
+    rows: dict[tuple[str, str], Any],
+    scheme: str,
 ) -> dict[str, Callable[[str], float]]:
     """What judges a component, by the name of the order: the smaller the better."""
     n = len(sweep.prompts)
@@ -77,13 +80,15 @@ def orders(
         found["PPL"] = lambda name: of(name).ppl
     found |= {f"KL, {k} prompts": measured_kl(k) for k in (16,) if k < n}
     found |= {f"probe, {k} prompts": probed_kl(k) for k in sorted({32, 128, n}) if k <= n}
-    return found
+    chosen = arguments.orders or found
+    return {name: harm for name, harm in found.items() if name in chosen}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     held_out_arguments(parser)
     parser.add_argument("--schemes", nargs="+")
+    parser.add_argument("--orders", nargs="+", help="only these, by the names that are printed")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.4, 0.6])
     return parser.parse_args()
 
