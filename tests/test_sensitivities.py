@@ -222,6 +222,18 @@ def test_a_text_counts_once_something_was_measured_and_draws_once_something_was_
     assert resumed_run(path, RUN)["text"] == "ff"  # a probe says nothing about a text
 
 
+def test_what_a_scheme_reads_besides_the_base_must_stay_and_further_schemes_add_theirs(tmp_path):
+    path = tmp_path / "sweep.db"
+    with opened(path, {**RUN, "sources": {"from:a.gguf": "11"}}) as writer:
+        writer.add(row(scheme="from:a.gguf"))
+    with opened(path, RUN), opened(path, {**RUN, "sources": {"from:b.gguf": "22"}}) as writer:
+        assert writer.run["sources"] == {"from:a.gguf": "11", "from:b.gguf": "22"}
+    with pytest.raises(
+        RecordError, match=r'sources\.from:a\.gguf is "11" in the file and "33" now'
+    ):
+        resumed_run(path, {**RUN, "sources": {"from:a.gguf": "33"}})
+
+
 # --- files that are no sweep ---
 
 

@@ -23,6 +23,7 @@ from divergent_tokens.measure import metrics
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.layer_runs import LayerRuns
 from divergent_tokens.probe import kl_of
+from divergent_tokens.quiet import quietly
 from divergent_tokens.sensitivities import read_sensitivities
 from divergent_tokens.sweep import sweep
 
@@ -214,6 +215,22 @@ def test_another_run_is_refused_before_any_work(tmp_path, monkeypatch, change, s
         swept(model, out, **change)
     with pytest.raises(RecordError, match=r"base\.fingerprint"):
         swept(runs.model(seed=1), out)
+
+
+def test_a_donor_that_changed_between_two_runs_is_refused(tmp_path):
+    def save(seed):
+        with quietly():
+            runs.model(seed=seed).network.save_pretrained(tmp_path / "donor")
+
+    save(seed=1)
+    donor = parse_scheme(f"from:{tmp_path / 'donor'}")
+    model, out = runs.model(), tmp_path / "sweep.db"
+    swept(model, out, include=["*.0.*.q_proj"], schemes=[donor])
+    found = swept(model, out, include=["*.0.*.q_proj"], schemes=[donor, *SCHEMES])
+    assert len(found.rows) == 3
+    save(seed=2)
+    with pytest.raises(RecordError, match=r"sources\.from:"):
+        swept(model, out, include=["*.q_proj"], schemes=[donor])
 
 
 def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, monkeypatch):

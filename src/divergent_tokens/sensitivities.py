@@ -54,6 +54,8 @@ _FREE = {"command", "batch_size", "rounding_kl", "base_dppl", "base_ppl", "passe
 """Run keys that may differ: found out on the way, or of no effect on the rows."""
 _FREE_PARTS = {"base.reference", "base.config", "prompts.source"}
 """Parts that may differ as long as the fingerprint and the digest beside them do not."""
+_BY_SCHEME = "sources"
+"""Run key with a digest of what each scheme reads besides the base; further schemes add theirs."""
 _KEYS_OF = {"n_draws": "probe", "text": "measure"}
 """Run keys that count for the rows of one method only."""
 
@@ -233,7 +235,10 @@ def open_sensitivities(
     with closing(_opened(path)) as connection:
         with _transaction(path, connection):
             if _n_tables(connection):  # asked again: another process may just have made them
-                _check_same(path, _read_run(connection, path), run, _methods(connection))
+                kept = _read_run(connection, path)
+                _check_same(path, kept, run, _methods(connection))
+                if _BY_SCHEME in run:
+                    _set(connection, {_BY_SCHEME: kept.get(_BY_SCHEME, {}) | run[_BY_SCHEME]})
             else:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 for table in _TABLES:
@@ -321,11 +326,13 @@ def _check_same(
     path: Path, kept: Mapping[str, Any], run: Mapping[str, Any], methods: set[str]
 ) -> None:
     there, now = _leaves(kept), _leaves(json.loads(json.dumps(run)))
-    counts = {name for name in now if _KEYS_OF.get(name) in {None, *methods}}
     different = [
         name
         for name in now
-        if name in counts and name.partition(".")[0] not in _FREE and now[name] != there.get(name)
+        if _KEYS_OF.get(name) in {None, *methods}
+        and name.partition(".")[0] not in _FREE
+        and (name in there or name.partition(".")[0] != _BY_SCHEME)
+        and now[name] != there.get(name)
     ]
     if all(name in _FREE_PARTS for name in different):
         return

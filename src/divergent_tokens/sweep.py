@@ -86,6 +86,9 @@ def sweep(
     for scheme in schemes:
         scheme.check(components)
     run = _run_keys(base, prompts, new_tokens, ignore_eos, seed)
+    sources = {str(scheme): scheme.source for scheme in schemes if scheme.source is not None}
+    if sources:
+        run["sources"] = sources
     run |= {"n_draws": n_draws} if method == "probe" else {"text": _digest(text)}
     resumed = resumed_run(out, run)
     if resumed is not None and not _todo(_done(out, method), components, schemes):

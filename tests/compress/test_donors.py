@@ -113,11 +113,14 @@ def test_files_that_change_are_read_again(folder: Path, tmp_path: Path) -> None:
     component = find_components(network)[0]
     donor = Donor(str(copy))
     weight = weight_of(network, component)
+    source = donor.source
     assert torch.equal(donor.compress(weight, component), weight)
+    assert source == Donor(str(folder)).source, "the same files, wherever they lie"
     tensors = {name: 2 * tensor for name, tensor in load_file(copy / "model.safetensors").items()}
     save_file(tensors, tmp_path / "new", {"format": "pt"})
     shutil.move(tmp_path / "new", copy / "model.safetensors")
     assert torch.equal(donor.compress(weight, component), 2 * weight)
+    assert donor.source != source
 
 
 # --- refused ---

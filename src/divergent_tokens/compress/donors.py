@@ -15,6 +15,7 @@ from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.formats import PerToken
 from divergent_tokens.compress.gguf_weights import GgufWeights
 from divergent_tokens.errors import ModelError, SchemeError
+from divergent_tokens.fingerprints import checkpoint_fingerprint, file_digest
 
 
 class _Weights(Protocol):
@@ -85,6 +86,11 @@ class Donor:
         return self._weights.size_bytes(component)
 
     @property
+    def source(self) -> str:
+        """A digest of the donor's files, which may change while the path stays."""
+        return _digest(self.path, _stamp(self.path))
+
+    @property
     def _weights(self) -> _Weights:
         try:
             return _opened(self.path, _stamp(self.path))
@@ -95,10 +101,23 @@ class Donor:
 @lru_cache(maxsize=4)
 def _opened(path: str, _stamp: tuple[object, ...]) -> _Weights:
     """A donor's weights, found but not read; opened again only when its files have changed."""
-    found = gguf_files.demo_file() if path == gguf_files.DEMO else model_files.find_model(path)
+    found = _found(path)
+    return GgufWeights(found, path) if found.is_file() else CheckpointWeights(found, path)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: str, _stamp: tuple[object, ...]) -> str:
+    """SHA-256 in hex over a donor's weights and config."""
+    found = _found(path)
     if found.is_file():
-        return GgufWeights(found, path)
-    return CheckpointWeights(found, path)
+        return file_digest(found)
+    config = model_files.read_config(found, path)
+    files = model_files.find_weights(found, path, config, allow_pickle=False)
+    return checkpoint_fingerprint(files, config, ())
+
+
+def _found(path: str) -> Path:
+    return gguf_files.demo_file() if path == gguf_files.DEMO else model_files.find_model(path)
 
 
 def _stamp(path: str) -> tuple[object, ...]:

@@ -89,6 +89,15 @@ class Scheme:
         found = [step.activations for step in self.steps if step.activations is not None]
         return found[0] if found else None
 
+    @property
+    def source(self) -> str | None:
+        """A digest of what besides its text decides what comes out; None if nothing does.
+
+        A step may have one as its `source`: the files that it reads, say.
+        """
+        found = [getattr(step, "source", None) for step in self.steps]
+        return " ".join(filter(None, found)) or None
+
     def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The dense [out, in] matrix that comes out, in the same dtype; `weight` is left alone."""
         for step in self.steps:
