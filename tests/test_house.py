@@ -25,6 +25,7 @@ FLOORS = [
     {"candidates", "conditions"},
     {"backward", "sensitivities"},
     {"probe", "sweep", "search"},
+    {"settle"},
     {"report"},
     {"cli", "__init__"},
 ]

@@ -50,7 +50,7 @@ _TABLES = (
     "run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
 )
 
-_FREE = {"command", "batch_size", "rounding_kl", "base_dppl", "base_ppl", "passes"}
+_FREE = {"command", "batch_size", "rounding_kl", "base_dppl", "base_ppl", "passes", "settled"}
 """Run keys that may differ: found out on the way, or of no effect on the rows."""
 _FREE_PARTS = {"base.reference", "base.config", "prompts.source"}
 """Parts that may differ as long as the fingerprint and the digest beside them do not."""
@@ -255,6 +255,13 @@ def open_sensitivities(
             _set(connection, {k: v for k, v in late.items() if _KEYS_OF[k] not in methods})
             _insert(connection, "component", components)
         yield SensitivityWriter(path, connection)
+
+
+def keep(path: Path | str, **values: Any) -> None:
+    """Keep values of a file's run that became known on the way."""
+    path = Path(path)
+    with closing(_opened(path)) as connection:
+        SensitivityWriter(path, connection).set(**values)
 
 
 class SensitivityWriter:

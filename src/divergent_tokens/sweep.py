@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ from divergent_tokens.sensitivities import (
 from divergent_tokens.store import content_key
 
 Todo = list[tuple[Component, Scheme]]
+Pair = tuple[str, str]
+"""The name of a component and the text of a scheme."""
 
 
 def sweep(
@@ -58,6 +60,7 @@ def sweep(
     out: Path,
     *,
     method: Method = "probe",
+    only: Collection[Pair] | None = None,
     n_draws: int = 1,
     new_tokens: int = 128,
     ignore_eos: bool = False,
@@ -73,7 +76,8 @@ def sweep(
     What the file has already is not done again, so that a sweep that was stopped goes on, and
     further schemes, components or the other method add their rows. The file's batch size is used
     rather than `batch_size`. A probe's rows come all at once, at the end; measured ones one by one,
-    from the first layer on. With a `text` its perplexity is measured too.
+    from the first layer on. With a `text` its perplexity is measured too. `only` narrows the work
+    to some pairs; with none of them a measured sweep finds the rounding floor and nothing else.
 
     Raises RecordError for a file that is not ours or of another run, and SchemeError where a
     scheme does not fit a component, before any work is done.
@@ -91,7 +95,11 @@ def sweep(
         run["sources"] = sources
     run |= {"n_draws": n_draws} if method == "probe" else {"text": _digest(text)}
     resumed = resumed_run(out, run)
-    if resumed is not None and not _todo(_done(out, method), components, schemes):
+    if (
+        resumed is not None
+        and not _todo(_done(out, method), components, schemes, only)
+        and (method == "probe" or resumed.get("rounding_kl") is not None)
+    ):
         return read_sensitivities(out)
     completions = complete(
         base,
@@ -117,7 +125,7 @@ def sweep(
     with open_sensitivities(
         out, run, list(map(_component_row, components)), _prompt_rows(prompts), margins
     ) as writer:
-        todo = _todo(writer.done(method), components, schemes)
+        todo = _todo(writer.done(method), components, schemes, only)
         if method == "probe":
             _probe(
                 base,
@@ -378,13 +386,20 @@ def _done(out: Path, method: Method) -> set[tuple[str, str]]:
 
 
 def _todo(
-    done: set[tuple[str, str]], components: Sequence[Component], schemes: Sequence[Scheme]
+    done: Collection[Pair],
+    components: Sequence[Component],
+    schemes: Sequence[Scheme],
+    only: Collection[Pair] | None,
 ) -> Todo:
-    return [
-        (component, scheme)
+    every = {
+        (component.name, str(scheme)): (component, scheme)
         for component in components
         for scheme in schemes
-        if (component.name, str(scheme)) not in done
+    }
+    return [
+        found
+        for pair, found in every.items()
+        if pair not in done and (only is None or pair in only)
     ]
 
 

@@ -45,6 +45,26 @@ def common(place):
     return [*SETTINGS, "--prompts", place / "prompts.jsonl", "--cache", place / "cache"]
 
 
+def test_auto_probes_all_and_measures_what_the_plan_for_a_budget_hangs_on(sweep, tmp_path):
+    left = sweep("--scheme", "int8", "--scheme", "int3", "--method", "auto", "--bits", 6)
+    assert (left.code, left.err) == (0, "")
+    words = " ".join(left.out.split())
+    assert "with 1 draw a prompt, and measured where a plan for --bits 6 hangs on it, on 5" in words
+    found = read_sensitivities(tmp_path / "s.db")
+    n_measured = sum(row.method == "measure" for row in found.rows)
+    assert 0 < n_measured < 28
+    assert f"{n_measured} rows measured, which changed " in words
+    assert "4.00 passes for the probe" in words
+
+
+def test_auto_wants_a_budget_and_the_other_methods_none(sweep, tmp_path):
+    assert sweep("--scheme", "int8", "--method", "auto").code == 2
+    left = sweep("--scheme", "int8", "--bits", 6)
+    assert (left.code, left.out) == (2, "")
+    assert "a sweep by --method probe is for any budget" in left.err
+    assert not (tmp_path / "s.db").exists()
+
+
 def test_a_probe_of_two_schemes_in_a_table_and_in_the_file(sweep, tmp_path):
     left = sweep("--scheme", "int8", "--scheme", "int4:g8", "--draws", 2)
     assert (left.code, left.err) == (0, "")

@@ -3,7 +3,7 @@
 import pytest
 
 from divergent_tokens.errors import DivergentTokensError
-from divergent_tokens.search.budgets import Budget, Unit, parse_share
+from divergent_tokens.search.budgets import Budget, Unit, one_budget, parse_share
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_what_is_no_share(text):
 )
 def test_a_budget_says_itself_as_it_is_typed(budget, text):
     assert str(budget) == text
+
+
+def test_one_budget_in_one_unit():
+    assert one_budget("60%", None, None) == Budget(Unit.share, 0.6)
+    assert one_budget(None, 5.5, None) == Budget(Unit.bits, 5.5)
+    assert one_budget(None, None, 84) == Budget(Unit.components, 84)
+    assert one_budget(None, None, None) is None
+    with pytest.raises(DivergentTokensError, match="--bits and --count are two budgets"):
+        one_budget(None, 5.5, 84)

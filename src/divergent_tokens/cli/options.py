@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from divergent_tokens.search.couplings import Coupling
+
 
 class Format(StrEnum):
     """How the result is printed."""
@@ -69,6 +71,22 @@ Cache = Annotated[
     typer.Option(
         "--cache", metavar="DIR", help="Where completions and dequantized models are kept."
     ),
+]
+Share = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="SHARE", help="Bytes under the plan, of the base's bytes: 60%."
+    ),
+]
+Bits = Annotated[
+    float | None, typer.Option("--bits", min=0, help="Bits a weight under the plan, on average.")
+]
+Count = Annotated[
+    int | None, typer.Option("--count", min=1, help="How many components are converted.")
+]
+Couple = Annotated[
+    Coupling | None,
+    typer.Option("--couple", help="Keep to what it loads, components bound together."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 AllowPickle = Annotated[

@@ -10,11 +10,15 @@ from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     BatchSize,
+    Bits,
     Cache,
     Chat,
+    Count,
+    Couple,
     Device,
     Format,
     Quiet,
+    Share,
     SkipPrompts,
     TextField,
     TrustRemoteCode,
@@ -27,8 +31,7 @@ from divergent_tokens.cli.output import (
 )
 from divergent_tokens.cli.signals import on_signals, tidy_up
 from divergent_tokens.errors import DivergentTokensError, RecordError
-from divergent_tokens.search.budgets import Budget, Unit, parse_share
-from divergent_tokens.search.couplings import Coupling
+from divergent_tokens.search.budgets import Budget, one_budget
 from divergent_tokens.search.settings import Method, RankBy, Settings
 
 if TYPE_CHECKING:
@@ -43,16 +46,9 @@ def search(
     sweep: Annotated[
         Path, typer.Argument(help="The file that `dtm sweep` wrote.", show_default=False)
     ],
-    budget: Annotated[
-        str | None,
-        typer.Option(metavar="SHARE", help="Bytes under the plan, of the base's bytes: 60%."),
-    ] = None,
-    bits: Annotated[
-        float | None, typer.Option(min=0, help="Bits a weight under the plan, on average.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="How many components are converted.")
-    ] = None,
+    budget: Share = None,
+    bits: Bits = None,
+    count: Count = None,
     out: Annotated[Path | None, typer.Option(help="Write plan.json here.")] = None,
     rank_by: Annotated[
         list[RankBy] | None,
@@ -68,9 +64,7 @@ def search(
             "times the rounding floor."
         ),
     ] = Method.auto,
-    couple: Annotated[
-        Coupling | None, typer.Option(help="Keep to what it loads, components bound together.")
-    ] = None,
+    couple: Couple = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +126,7 @@ def search(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Choose a scheme for each component that meets a budget with the least harm."""
-    asked = _budget(budget, bits, count)
+    asked = one_budget(budget, bits, count)
     orders = tuple(dict.fromkeys(rank_by or [RankBy.kl]))
     if not 0 < level < 1:
         raise DivergentTokensError(
@@ -191,20 +185,6 @@ def search(
 
 
 # --- what was asked for ---
-
-
-def _budget(share: str | None, bits: float | None, count: int | None) -> Budget | None:
-    given = {"--budget": share, "--bits": bits, "--count": count}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise DivergentTokensError(f"{' and '.join(names)} are two budgets; give one of them")
-    if share is not None:
-        return Budget(Unit.share, parse_share(share))
-    if bits is not None:
-        if not bits > 0:
-            raise DivergentTokensError(f"--bits is {bits}; expected a number such as 5.5")
-        return Budget(Unit.bits, bits)
-    return None if count is None else Budget(Unit.components, count)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,8 +13,11 @@ from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
     BatchSize,
+    Bits,
     Cache,
     Chat,
+    Count,
+    Couple,
     Device,
     Dtype,
     Format,
@@ -25,6 +28,7 @@ from divergent_tokens.cli.options import (
     Prompts,
     Quiet,
     Seed,
+    Share,
     SkipPrompts,
     TextField,
     TrustRemoteCode,
@@ -36,6 +40,8 @@ from divergent_tokens.cli.output import (
 )
 from divergent_tokens.cli.signals import on_signals, tidy_up
 from divergent_tokens.errors import DivergentTokensError
+from divergent_tokens.search.budgets import one_budget
+from divergent_tokens.search.settings import Settings
 
 if TYPE_CHECKING:
     from divergent_tokens.sensitivities import Sensitivities, Sensitivity
@@ -49,6 +55,7 @@ class Method(StrEnum):
 
     probe = "probe"
     measure = "measure"
+    auto = "auto"
 
 
 def sweep(
@@ -60,9 +67,14 @@ def sweep(
     method: Annotated[
         Method,
         typer.Option(
-            help="probe: KL of all from one backward pass; measure: one by one, all metrics."
+            help="probe: KL of all from one backward pass; measure: one by one, all metrics; "
+            "auto: probe, then measure what the plan for a budget hangs on."
         ),
     ] = Method.probe,
+    budget: Share = None,
+    bits: Bits = None,
+    count: Count = None,
+    couple: Couple = None,
     draws: Annotated[int, typer.Option(min=1, help="Sets of labels that a probe draws.")] = 1,
     text: Annotated[
         str | None,
@@ -105,6 +117,17 @@ def sweep(
         raise DivergentTokensError(
             "--draws belongs to --method probe; nothing is drawn when components are measured"
         )
+    asked = one_budget(budget, bits, count)
+    if asked is None and method is Method.auto:
+        raise DivergentTokensError(
+            "--method auto measures what a plan hangs on, and there is no budget for one; give "
+            "--budget 60%, --bits 5.5 or --count 84"
+        )
+    if (asked or couple) and method is not Method.auto:
+        raise DivergentTokensError(
+            f"a sweep by --method {method} is for any budget; give --method auto, or leave "
+            f"{asked or '--couple'} to dtm search"
+        )
     if text and method is Method.probe:
         raise DivergentTokensError(
             "a probe reads no text; give --method measure for perplexities, or leave out --text"
@@ -116,6 +139,7 @@ def sweep(
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
     from divergent_tokens.sensitivities import resumed_run
+    from divergent_tokens.settle import settle
     from divergent_tokens.store import default_cache
     from divergent_tokens.sweep import sweep as sweep_all
 
@@ -136,38 +160,62 @@ def sweep(
             trust_remote_code=trust_remote_code,
         )
         components = find_components(model.network, include=include or (), exclude=exclude or ())
-        found = sweep_all(
+        prompt_set = read_prompts(
+            prompts,
             model,
-            components,
-            schemes,
-            read_prompts(
-                prompts,
-                model,
-                n_prompts=n_prompts,
-                prefix=prefix,
-                skip=skip_prompts,
-                chat=chat,
-                text_field=text_field,
-                seed=seed,
-                cache=cache,
-                progress=progress,
-            ),
-            out,
-            method=method.value,
-            n_draws=draws,
-            new_tokens=new_tokens,
-            ignore_eos=ignore_eos,
-            text=given_text,
+            n_prompts=n_prompts,
+            prefix=prefix,
+            skip=skip_prompts,
+            chat=chat,
+            text_field=text_field,
             seed=seed,
-            batch_size=batch_size,
             cache=cache,
             progress=progress,
-            command=["dtm", *sys.argv[1:]],
         )
+        settings: dict[str, Any] = {
+            "n_draws": draws,
+            "new_tokens": new_tokens,
+            "ignore_eos": ignore_eos,
+            "text": given_text,
+            "seed": seed,
+            "batch_size": batch_size,
+            "cache": cache,
+            "progress": progress,
+            "command": ["dtm", *sys.argv[1:]],
+        }
+        if asked is None:
+            one_method: Literal["probe", "measure"] = (
+                "measure" if method is Method.measure else "probe"
+            )
+            found = sweep_all(
+                model, components, schemes, prompt_set, out, method=one_method, **settings
+            )
+        else:
+            found = settle(
+                model,
+                components,
+                schemes,
+                prompt_set,
+                out,
+                asked,
+                Settings(coupling=couple, seed=seed),
+                **settings,
+            )
     names = {component.name for component in components}
-    rows = [row for row in found.rows if row.method == method.value and row.component in names]
+    rows = [row for row in _rows_of(found, method) if row.component in names]
     record = _record(found, rows, list(map(str, schemes)), method)
     _print_sweep(record, format)
+
+
+def _rows_of(found: "Sensitivities", method: Method) -> "list[Sensitivity]":
+    """The rows of a method; of auto those that a search takes: measured ones where they tell."""
+    if method is not Method.auto:
+        return [row for row in found.rows if row.method == method.value]
+    telling = [row for row in found.rows if row.method == "probe"]
+    telling += [row for row in found.rows if row.method == "measure"]
+    return list(
+        {(r.component, r.scheme): r for r in telling if not found.below_rounding(r)}.values()
+    )
 
 
 def _record(
@@ -183,9 +231,10 @@ def _record(
         "prompts": run["prompts"],
         "new_tokens": run["new_tokens"],
         "method": method.value,
-        "n_draws": run.get("n_draws") if method is Method.probe else None,
+        "n_draws": None if method is Method.measure else run.get("n_draws"),
+        "settled": run["settled"] if method is Method.auto else None,
         "rounding_kl": found.rounding_kl,
-        "passes": run.get("passes") if method is Method.measure else None,
+        "passes": None if method is Method.probe else run.get("passes"),
         "schemes": [
             _scheme_json(found, scheme, [row for row in rows if row.scheme == scheme])
             for scheme in schemes

@@ -34,10 +34,12 @@ def sweep_markdown(record: Record) -> str:
 
 def title(record: Record) -> str:
     """What was swept, on what."""
-    how = "measured one by one"
-    if record["method"] == "probe":
-        n = record["n_draws"]
-        how = f"probed with {n} draw{'' if n == 1 else 's'} a prompt"
+    n = record["n_draws"]
+    how = f"probed with {n} draw{'' if n == 1 else 's'} a prompt"
+    if record["method"] == "measure":
+        how = "measured one by one"
+    elif record["method"] == "auto":
+        how += f", and measured where a plan for {record['settled']['budget']} hangs on it,"
     return (
         f"{record['base']['reference']} ({record['dtype']}, {record['device']}), components {how} "
         f"{on_prompts(record['prompts'], record['new_tokens'])}"
@@ -80,6 +82,24 @@ def notes(record: Record) -> Iterator[str]:
                 f"({number(record['rounding_kl'])}) and are rounding rather than harm; the probe "
                 "(--method probe) sees them."
             )
+    if record["settled"]:
+        yield _settled(record["settled"])
     if record["passes"] not in (None, "from the changed layer on"):
         yield f"Every row took a full pass: this network cannot start midway ({record['passes']})."
     yield f"Rows are kept in {record['file']}; dtm search reads it."
+
+
+def _settled(settled: Record) -> str:
+    """How a plan came to rest."""
+    looks = settled["looks"]
+    n_rows = sum(len(look["pairs"]) for look in looks)
+    passes = settled["passes"]
+    changed = " then ".join(str(look["n_changed"]) for look in looks[1:]) or "no"
+    rest = "" if looks[-1]["n_changed"] in (0, None) else "; it has not come to rest"
+    return (
+        f"{n_rows} row{'' if n_rows == 1 else 's'} measured, which changed {changed} decisions of "
+        f"the plan{rest}: {number(passes['probe'])} passes for the probe and "
+        f"{number(passes['measure'])} for the measurements, {settled['forward_tokens']} forward "
+        f"tokens. {percent(looks[-1]['sureness'])} of the decisions are made alike by resamples "
+        f"over prompts ({percent(looks[0]['sureness'])} before)."
+    )

@@ -44,3 +44,18 @@ def parse_share(text: str) -> float:
             "in 60% or 0.6"
         )
     return value
+
+
+def one_budget(share: str | None, bits: float | None, count: int | None) -> Budget | None:
+    """The budget that was given in one of three units, if one was."""
+    given = {"--budget": share, "--bits": bits, "--count": count}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise DivergentTokensError(f"{' and '.join(names)} are two budgets; give one of them")
+    if share is not None:
+        return Budget(Unit.share, parse_share(share))
+    if bits is not None:
+        if not bits > 0:
+            raise DivergentTokensError(f"--bits is {bits}; expected a number such as 5.5")
+        return Budget(Unit.bits, bits)
+    return None if count is None else Budget(Unit.components, count)

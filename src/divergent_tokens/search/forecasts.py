@@ -126,6 +126,19 @@ def _joint_nats(draws: NDArray[np.float32], chosen: Integers) -> Floats:
     return np.asarray(np.square(_taken(draws, chosen).sum(0)).mean(1) / 2)
 
 
+def picked(options: Options, select: Select, *, seed: int) -> Floats:
+    """The share of resamples over prompts that give each group each option. [group, option]"""
+    n = len(options.lengths)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n, np.full(n, 1 / n), N_RESAMPLES).T.astype(np.float64)  # [prompt, k]
+    counts = np.zeros(options.harm.shape)
+    groups = np.arange(len(counts))
+    for block in np.array_split(weights, max(1, N_RESAMPLES // 10), axis=1):
+        for harm in options.kl_under(block):
+            counts[groups, select(harm)] += 1
+    return counts / N_RESAMPLES
+
+
 def sureness(
     options: Options, chosen: Integers, select: Select, *, seed: int
 ) -> Mapping[str, float]:
@@ -133,17 +146,11 @@ def sureness(
 
     Empty where the order was not by KL: other numbers are not kept by prompt.
     """
-    n = len(options.lengths)
-    if options.rank_by is not RankBy.kl or n < 2:
+    if options.rank_by is not RankBy.kl or len(options.lengths) < 2:
         return {}
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n, np.full(n, 1 / n), N_RESAMPLES).T.astype(np.float64)  # [prompt, k]
-    same = np.zeros(len(chosen))
-    for block in np.array_split(weights, max(1, N_RESAMPLES // 10), axis=1):
-        for harm in options.kl_under(block):
-            same += select(harm) == chosen
+    same = picked(options, select, seed=seed)[np.arange(len(chosen)), chosen]
     shares = {
-        member: float(share) / N_RESAMPLES
+        member: float(share)
         for group, share in zip(options.groups, same, strict=True)
         for member in group
     }
