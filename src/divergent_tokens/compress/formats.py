@@ -10,11 +10,14 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.compressors.mx_utils import compress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import (
     QuantizationArgs,
     fake_quantize,
     preset_name_to_scheme,
 )
+from compressed_tensors.quantization import quantize as quantize_by
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
     compute_dynamic_scales_and_zp,
@@ -23,6 +26,7 @@ from compressed_tensors.quantization.utils import (
 from torch import Tensor
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.packed import Packed, pack_bytes, pack_fp4
 from divergent_tokens.compress.quantize import dequantize, quantize, scale_dtype
 from divergent_tokens.errors import SchemeError
 
@@ -87,6 +91,12 @@ class W8A8:
         """The matrix after coding and decoding."""
         return dequantize(quantize(weight, bits=8))
 
+    def packed(self, weight: Tensor, component: Component) -> Packed:
+        """The codes as they are, and the scales."""
+        quantized = quantize(weight, bits=8)
+        args = (_settings("w8a8", "weights"), _settings("w8a8", "input_activations"))
+        return pack_bytes(quantized.codes, quantized.scales, "int-quantized", *args)
+
     def size_bytes(self, component: Component, size_before: int) -> int:
         """A byte a weight, and a scale an output channel."""
         return _channel_bytes(component)
@@ -115,7 +125,15 @@ class Fp8:
 
     def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix after coding and decoding."""
-        return _decoded(weight, _settings("fp8", "weights"))
+        return _scaled(weight, _settings("fp8", "weights")).decoded.to(weight.dtype)
+
+    def packed(self, weight: Tensor, component: Component) -> Packed:
+        """The codes as they are, and the scales."""
+        scaled = _scaled(weight, _settings("fp8", "weights"))
+        args = (scaled.args, _settings("fp8", "input_activations"))
+        return pack_bytes(
+            scaled.codes(torch.float8_e4m3fn), scaled.scales, "float-quantized", *args
+        )
 
     def size_bytes(self, component: Component, size_before: int) -> int:
         """A byte a weight, and a scale an output channel."""
@@ -160,7 +178,18 @@ class Fp4:
 
     def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix after coding and decoding."""
-        return _decoded(weight, _settings(self.format, "weights"))
+        return _scaled(weight, _settings(self.format, "weights")).decoded.to(weight.dtype)
+
+    def packed(self, weight: Tensor, component: Component) -> Packed:
+        """Two codes a byte, and the scales: exponents, or E4M3 under one float32."""
+        scaled = _scaled(weight, _settings(self.format, "weights"))
+        tensors = {"weight_packed": pack_fp4_to_uint8(scaled.codes(None))}
+        if scaled.whole is None:
+            tensors["weight_scale"] = compress_mx_scale(scaled.scales, torch.uint8)
+        else:
+            tensors["weight_scale"] = scaled.scales.to(torch.float8_e4m3fn)
+            tensors["weight_global_scale"] = scaled.whole
+        return pack_fp4(tensors, f"{self.format}-pack-quantized", scaled.args)
 
     def size_bytes(self, component: Component, size_before: int) -> int:
         """Half a byte a weight, a byte a group, and nvfp4's float32 for the whole."""
@@ -179,14 +208,46 @@ def _settings(name: str, part: Literal["weights", "input_activations"]) -> Quant
     return settings
 
 
+@dataclass(frozen=True)
+class _Scaled:
+    """A matrix with the scales that compressed-tensors gives it by its largest weights."""
+
+    values: Tensor
+    """[out, in]"""
+    scales: Tensor
+    """[out, group]; one group a channel"""
+    zero_points: Tensor
+    whole: Tensor | None
+    """nvfp4's scale of all scales."""
+    args: QuantizationArgs
+
+    @property
+    def decoded(self) -> Tensor:
+        """The values after quantizing. [out, in]"""
+        found: Tensor = fake_quantize(
+            self.values, self.scales, self.zero_points, self.args, global_scale=self.whole
+        )
+        return found
+
+    def codes(self, dtype: torch.dtype | None) -> Tensor:
+        """What stands for the values. [out, in]"""
+        found: Tensor = quantize_by(
+            self.values,
+            self.scales,
+            self.zero_points,
+            self.args,
+            dtype=dtype,
+            global_scale=self.whole,
+        )
+        return found
+
+
 @torch.no_grad()
-def _decoded(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """[out, in] after quantizing by the largest weights, as compressed-tensors does."""
+def _scaled(weight: Tensor, args: QuantizationArgs) -> _Scaled:
     values = weight.to(scale_dtype(weight.dtype))
     size = args.group_size or weight.shape[1]
     groups = values.reshape(len(weight), -1, size)
     low, high = groups.amin(-1), groups.amax(-1)  # [out, group]; one group a channel
     whole = generate_gparam(low.amin(), high.amax()) if args.strategy == "tensor_group" else None
     scales, zero_points = calculate_qparams(low, high, args, global_scale=whole)
-    decoded: Tensor = fake_quantize(values, scales, zero_points, args, global_scale=whole)
-    return decoded.to(weight.dtype)
+    return _Scaled(values, scales, zero_points, whole, args)

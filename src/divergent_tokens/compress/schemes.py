@@ -16,9 +16,11 @@ from torch import Tensor
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
+from divergent_tokens.compress.packed import Packed, pack_integers
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import (
     Granularity,
+    Quantized,
     dequantize,
     quantize,
     scale_dtype,
@@ -104,6 +106,28 @@ class Scheme:
             weight = step.compress(weight, component)
         return weight
 
+    @property
+    def is_packable(self) -> bool:
+        """Whether a compressed-tensors checkpoint can hold what comes out in codes."""
+        return hasattr(self.steps[-1], "packed")
+
+    def packed(self, weight: Tensor, component: Component) -> Packed:
+        """What comes out in codes: read from a checkpoint it is `compress` to the bit.
+
+        Raises SchemeError, naming the component, if the last step leaves no codes.
+        """
+        *before, last = self.steps
+        if not self.is_packable:
+            raise SchemeError(
+                f"{component.name}: {self} leaves no codes that a compressed-tensors checkpoint "
+                "could hold; write it dense (--dense), or plan a scheme that does, such as int8 or "
+                "int4:g64"
+            )
+        for step in before:
+            weight = step.compress(weight, component)
+        found: Packed = last.packed(weight, component)  # type: ignore[attr-defined]
+        return found
+
     def size_bytes(self, component: Component) -> int:
         """What the component takes on disk: codes, scales and zero points, or dense weights."""
         size = component.base_size_bytes
@@ -155,8 +179,15 @@ class AbsMax:
 
     def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix after coding and decoding."""
-        return dequantize(
-            quantize(weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric)
+        return dequantize(self._quantized(weight))
+
+    def packed(self, weight: Tensor, component: Component) -> Packed:
+        """The codes, packed without gaps, and the scales."""
+        return pack_integers(self._quantized(weight))
+
+    def _quantized(self, weight: Tensor) -> Quantized:
+        return quantize(
+            weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric
         )
 
     def size_bytes(self, component: Component, size_before: int) -> int:
