@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import sweeps
+from divergent_tokens.compress.couplings import Coupling
 from divergent_tokens.errors import RecordError, SchemeError
-from divergent_tokens.search.couplings import Coupling
 from divergent_tokens.search.options import read_options
 from divergent_tokens.search.settings import Method, RankBy
 

@@ -7,11 +7,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import sweeps
+from divergent_tokens.compress.couplings import Coupling
 from divergent_tokens.compress.plan_file import read_plan, write_plan
 from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.measure.flips import UNFITTED, Reading
 from divergent_tokens.search.budgets import Budget, Unit
-from divergent_tokens.search.couplings import Coupling
 from divergent_tokens.search.search import offers, search
 from divergent_tokens.search.settings import Method, RankBy, Settings
 

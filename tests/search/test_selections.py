@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import sweeps
+from divergent_tokens.compress.couplings import Coupling
 from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.search.budgets import Budget, Unit, parse_share
-from divergent_tokens.search.couplings import Coupling
 from divergent_tokens.search.options import read_options
 from divergent_tokens.search.selections import around, select
 from divergent_tokens.search.settings import RankBy

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from divergent_tokens.search.couplings import Coupling
+from divergent_tokens.compress.couplings import Coupling
 
 
 class Format(StrEnum):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from divergent_tokens.compress.couplings import Coupling, coupled, loadable
 from divergent_tokens.errors import RecordError
-from divergent_tokens.search.couplings import Coupling, coupled, loadable
 from divergent_tokens.search.knapsack import Floats, Integers
 from divergent_tokens.search.settings import Method, RankBy
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from divergent_tokens.search.couplings import Coupling
+from divergent_tokens.compress.couplings import Coupling
 
 
 class RankBy(StrEnum):

@@ -4,8 +4,8 @@ import pytest
 
 import tiny
 from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.couplings import Coupling, coupled, loadable
 from divergent_tokens.errors import SchemeError
-from divergent_tokens.search.couplings import Coupling, coupled, loadable
 
 VLLM, TRANSFORMERS = Coupling.vllm, Coupling.transformers
 
