@@ -1,6 +1,7 @@
 """A language model as it runs, loaded from a folder, the hub, a GGUF file or the demo's package."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -146,13 +148,7 @@ def load_model(
     if path.is_dir():
         load = partial(_load_folder, path, reference, precision, where)
         return load(allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    fingerprint = file_digest(path)
-    folder = gguf_files.dense_copy(
-        fingerprint,
-        cache or default_cache(),
-        write=partial(_write_dense, path, reference),
-        header=partial(gguf_files.check_gguf, path, reference),
-    )
+    fingerprint, folder = _dense_copy(path, reference, cache)
     try:
         network = _load_network(folder, reference, dtype=precision, **_placement(where))
         tokenizer = _load_tokenizer(folder, reference)
@@ -161,6 +157,51 @@ def load_model(
             f"{error}; if its dense copy in {folder} is damaged, delete that folder"
         ) from error
     return Model(network, tokenizer, reference, fingerprint)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint without its weights in memory: what it is, and where they lie."""
+
+    folder: Path
+    """With safetensors; of a GGUF its dense copy in float32."""
+    network: PreTrainedModel
+    """On the meta device, its weights without numbers."""
+    config: Mapping[str, Any]
+    """config.json, as it stands there."""
+    reference: str
+    fingerprint: str
+    """The same that the loaded Model has."""
+
+
+def outline_model(reference: str | Path, *, cache: Path | None = None) -> Outline:
+    """The Outline of a hub id, a folder, a `.gguf` file or `demo:smollm2`.
+
+    Needs memory for no weight, and reads the files once for the fingerprint. Raises ModelError as
+    `load_model` does, though what only the numbers show (NaN, say) is not seen.
+    """
+    reference = str(reference)
+    path = gguf_files.demo_file() if reference == gguf_files.DEMO else None
+    path = path or model_files.find_model(reference)
+    fingerprint = None
+    if not path.is_dir():
+        fingerprint, path = _dense_copy(path, reference, cache)
+    described = model_files.read_config(path, reference)
+    refuse_unknown(described, reference, trust_remote_code=False)
+    with loading(reference, "config"):
+        config = AutoConfig.from_pretrained(path)
+    refuse_other_kinds(config, reference)
+    where = reference if fingerprint is None else str(path)
+    files = model_files.find_weights(path, where, described, allow_pickle=False)
+    with loading(reference, "config"), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    network.eval()
+    if (path / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(path)
+    if fingerprint is None:
+        eos_ids = _eos_ids(network, _load_tokenizer(path, reference))
+        fingerprint = checkpoint_fingerprint(files, described, eos_ids)
+    return Outline(path, network, described, reference, fingerprint)
 
 
 def check_same_vocabulary(base: Model, candidate: Model) -> None:
@@ -214,6 +255,18 @@ def _load_folder(
         files += tuple(sorted(folder.glob("*.py")))  # code of its own is part of what it computes
     fingerprint = checkpoint_fingerprint(files, described, _eos_ids(network, tokenizer))
     return Model(network, tokenizer, reference, fingerprint)
+
+
+def _dense_copy(gguf: Path, reference: str, cache: Path | None) -> tuple[str, Path]:
+    """A GGUF's fingerprint, and the folder of its dense copy."""
+    fingerprint = file_digest(gguf)
+    folder = gguf_files.dense_copy(
+        fingerprint,
+        cache or default_cache(),
+        write=partial(_write_dense, gguf, reference),
+        header=partial(gguf_files.check_gguf, gguf, reference),
+    )
+    return fingerprint, folder
 
 
 def _write_dense(gguf: Path, reference: str, folder: Path) -> None:

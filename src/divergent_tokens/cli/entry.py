@@ -10,6 +10,7 @@ import typer
 from divergent_tokens.cli.compare import compare
 from divergent_tokens.cli.complete import complete
 from divergent_tokens.cli.components import components
+from divergent_tokens.cli.compress import compress
 from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, print_out, say
 from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (compare, complete, components, sweep, search):
+for command in (compare, complete, components, sweep, search, compress):
     app.command()(command)
 
 

@@ -92,6 +92,31 @@ class CheckpointWeights:
             return component.shape
         return tuple(self._in_network(component).shape)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, in the files' order."""
+        return tuple(self._files)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its weights are ordinary ones."""
+        return self._packing is None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as the file has it."""
+        return self._tensor(name)
+
+    def place(self, component: Component) -> tuple[str, Component] | None:
+        """The tensor of a dense checkpoint that holds it, and the component as it lies in there.
+
+        None where only transformers knows how it is made of the file's tensors.
+        """
+        module = self._module(component)
+        if module is not None:
+            own = component if component.stack_index is None else _unstacked(component)
+            return f"{module}.weight", own
+        return (component.parameter, component) if component.parameter in self._files else None
+
     def size_bytes(self, component: Component) -> int:
         """Codes, scales and zero points; dense weights count 16 bits at most."""
         module = self._module(component)
@@ -270,6 +295,11 @@ def _names(component: Component) -> Iterator[str]:
 def _is_turned(component: Component) -> bool:
     """Whether a file has the component as [in, out]; single experts are always [out, in] there."""
     return component.transposed and component.stack_index is None
+
+
+def _unstacked(component: Component) -> Component:
+    """An expert in a file of its own: [out, in], whatever the stack has."""
+    return replace(component, stack_index=None, transposed=False, rows=None)
 
 
 def _alone(component: Component) -> Component:

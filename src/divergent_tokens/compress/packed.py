@@ -4,7 +4,8 @@ The codes are those that were measured. The library's own compressors make them 
 weights, with other roundings in bfloat16; here they are only laid out as it lays them out.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,12 @@ def _settings(
     return QuantizationScheme(targets=[], weights=weights, input_activations=inputs, format=format)
 
 
-def quantization_config(modules: Mapping[str, Packed], dense: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, for packed modules and the dense linear ones.
+def quantization_config(modules: Mapping[str, Packed], dense: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, for packed modules and those left dense.
 
-    Modules of the same settings are one group. A group names its modules, all one by one: the
-    names of classes and patterns mean other modules in a server, which fuses them.
+    Modules of the same settings are one group. A group names its modules one by one, since the
+    names of classes mean other modules in a server, which fuses them. Only the experts of a layer
+    are one pattern: transformers looks for one that speaks of experts.
     """
     groups: dict[str, tuple[QuantizationScheme, list[str]]] = {}
     for name, packed in modules.items():
@@ -95,9 +97,18 @@ def quantization_config(modules: Mapping[str, Packed], dense: list[str]) -> dict
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": dense,
+        "ignore": _targets(dense),
         "config_groups": {
-            f"group_{i}": {**settings.model_dump(mode="json"), "targets": names}
+            f"group_{i}": {**settings.model_dump(mode="json"), "targets": _targets(names)}
             for i, (settings, names) in enumerate(groups.values())
         },
     }
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """The names, those of experts as a pattern for each layer."""
+    found = {}
+    for name in names:
+        stack, mark, _ = name.partition(".experts.")
+        found[f"re:{re.escape(stack + mark)}.*" if mark else name] = None
+    return list(found)

@@ -1,0 +1,174 @@
+"""What would not be loaded rightly: packed components that transformers or vLLM refuse or misread.
+
+Rules, tried on transformers 5.17 and 5.24 with compressed-tensors 0.19 and 0.20 (see
+tests/compress/test_servers.py), or read in vLLM's sources and issues.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.couplings import Coupling, coupled
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.schemes import Scheme
+
+_VLLM_GROUPS = (32, 64, 128)
+"""Group sizes that its kernels for weight-only integers know."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A component that the target would not load as it is planned."""
+
+    component: str
+    scheme: str
+    """Its scheme; 'unchanged' if it has none."""
+    why: str
+    instead: str
+    """What it would take."""
+
+    def __str__(self) -> str:
+        """As a message says it."""
+        return f"{self.component} ({self.scheme}): {self.why}; {self.instead}"
+
+
+def problems(
+    plan: Plan,
+    components: Sequence[Component],
+    target: Coupling,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Problem, ...]:
+    """What the target refuses or misreads of a packed checkpoint, in the components' order.
+
+    `components` are all of the network, the ends too, and `dtype` is that of its weights in the
+    file. Empty if all is well.
+    """
+    rules = _TRANSFORMERS if target is Coupling.transformers else _VLLM
+    found = [
+        Problem(component.name, str(scheme), *said)
+        for component in components
+        if (scheme := plan.schemes.get(component.name)) is not None
+        for rule in (*_COMMON, *rules)
+        if (said := rule(component, scheme, dtype)) is not None
+    ]
+    return (*found, *_broken_groups(plan, components, target))
+
+
+def is_kept_dense(scheme: Scheme) -> bool:
+    """Whether what comes out is dense weights, which any checkpoint holds: a pruned matrix."""
+    return all(str(step).startswith("magnitude") for step in scheme.steps)
+
+
+# --- one component ---
+
+_Rule = Callable[[Component, Scheme, torch.dtype], tuple[str, str] | None]
+
+
+def _packable(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if scheme.is_packable or is_kept_dense(scheme):
+        return None
+    return (
+        "it leaves no codes that a compressed-tensors checkpoint could hold",
+        "write the plan dense (--dense), or plan int8, int4:g64, w8a8 or fp8",
+    )
+
+
+def _no_end(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if not component.is_end or is_kept_dense(scheme):
+        return None
+    return (
+        "packed embeddings and heads are not loaded everywhere, tied ones nowhere",
+        "write the plan dense (--dense), or leave them out of it",
+    )
+
+
+def _no_conv1d(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if not component.transposed or component.stack_index is not None or is_kept_dense(scheme):
+        return None
+    return (
+        f"the Conv1D layers of {component.model_type} would be filled with new weights, in silence",
+        "write the plan dense (--dense)",
+    )
+
+
+def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if component.stack_index is None or not component.transposed:
+        return None
+    return (
+        f"no server unpacks the experts of {component.model_type}, which lie as [in, out]",
+        "write the plan dense (--dense)",
+    )
+
+
+def _fp4_in_bf16(_c: Component, scheme: Scheme, dtype: torch.dtype) -> tuple[str, str] | None:
+    if dtype is torch.bfloat16 or str(scheme.steps[-1]) not in ("mxfp4", "nvfp4"):
+        return None
+    return (
+        f"compressed-tensors decodes 4-bit floats to bfloat16 only, and the weights are {dtype}",
+        "write the checkpoint in bfloat16 (--dtype bfloat16)",
+    )
+
+
+def _symmetric(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if not str(scheme.steps[-1]).endswith(":asym"):
+        return None
+    return (
+        "transformers expects packed zero points in another shape and does not load them",
+        "plan the scheme without ':asym', or write for vLLM (--target vllm)",
+    )
+
+
+def _plain_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    if component.expert is None or str(scheme.steps[-1]).startswith("int"):
+        return None
+    if is_kept_dense(scheme):
+        return None
+    return (
+        "transformers unpacks experts to dense weights from packed integers alone, and never "
+        "quantizes their inputs",
+        "plan int8 or int4:gN for them, or write for vLLM (--target vllm)",
+    )
+
+
+def _vllm_bits(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    found = re.match(r"int(\d)(?::g(\d+))?", str(scheme.steps[-1]))
+    if found is None or (found[1] in "48" and int(found[2] or 32) in _VLLM_GROUPS):
+        return None
+    sizes = ", ".join(map(str, _VLLM_GROUPS))
+    return (
+        f"vLLM loads integers of 4 and 8 bits, by channel or in groups of {sizes}",
+        "plan such a scheme (dtm search --couple vllm)",
+    )
+
+
+_COMMON: tuple[_Rule, ...] = (_packable, _no_end, _no_conv1d, _known_experts)
+_TRANSFORMERS: tuple[_Rule, ...] = (_fp4_in_bf16, _symmetric, _plain_experts)
+_VLLM: tuple[_Rule, ...] = (_vllm_bits,)
+
+
+# --- components that share a scheme ---
+
+
+def _broken_groups(
+    plan: Plan, components: Sequence[Component], target: Coupling
+) -> Iterator[Problem]:
+    """Components that must share a scheme and do not."""
+    names, kinds = [c.name for c in components], [c.kind for c in components]
+    for group in coupled(names, kinds, target):
+        schemes = [str(plan.schemes.get(names[i], "unchanged")) for i in group]
+        if len(set(schemes)) == 1:
+            continue
+        at = next(i for i, scheme in enumerate(schemes) if scheme != schemes[0])
+        of = "routed experts" if kinds[group[0]] == "expert" else "matrices that are fused there"
+        yield Problem(
+            names[group[at]],
+            schemes[at],
+            f"{target} takes one scheme for all {len(group)} {of}, and {names[group[0]]} has "
+            f"{schemes[0]}",
+            f"search again with --couple {target}, over a sweep of all of them, or write the plan "
+            "dense (--dense)",
+        )
