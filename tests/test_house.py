@@ -25,7 +25,8 @@ FLOORS = [
     {"candidates", "conditions"},
     {"backward", "sensitivities"},
     {"probe", "sweep", "search"},
-    {"settle"},
+    {"settle", "reload"},
+    {"verify"},
     {"report"},
     {"cli", "__init__"},
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # Config keys that say where a checkpoint came from or how it is run, not what it computes.
-_VOLATILE = frozenset(
+VOLATILE_CONFIG_KEYS = frozenset(
     {
         "_commit_hash",
         "_model_name_or_path",
@@ -89,7 +89,9 @@ def _combined(digests: Iterable[str], config: Mapping[str, object], eos_ids: Seq
 def _without_volatile(value: object) -> object:
     """A config without what does not change the function, in every sub-config too."""
     if isinstance(value, Mapping):
-        kept = {str(key): item for key, item in value.items() if str(key) not in _VOLATILE}
+        kept = {
+            str(key): item for key, item in value.items() if str(key) not in VOLATILE_CONFIG_KEYS
+        }
         return {key: _without_volatile(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [_without_volatile(item) for item in value]

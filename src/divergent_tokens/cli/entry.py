@@ -15,6 +15,7 @@ from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, 
 from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
 from divergent_tokens.cli.sweep import sweep
+from divergent_tokens.cli.verify import verify
 from divergent_tokens.errors import DivergentTokensError
 
 # Heavy imports stand inside each command, so that `dtm --help` answers at once.
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (compare, complete, components, sweep, search, compress):
+for command in (compare, complete, components, sweep, search, compress, verify):
     app.command()(command)
 
 

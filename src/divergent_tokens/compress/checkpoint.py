@@ -319,7 +319,11 @@ class _Shards:
             (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _write(self) -> None:
-        save_file(self._tensors, self._unnamed(len(self._where)), {"format": "pt"})
+        path = self._unnamed(len(self._where))
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; the library's own is for one user only
+        save_file(self._tensors, path, {"format": "pt"})
+        path.chmod(mode)
         self._where.append(list(self._tensors))
         self.size_bytes += self._n_bytes
         self._tensors, self._n_bytes = {}, 0

@@ -117,6 +117,17 @@ class CheckpointWeights:
             return f"{module}.weight", own
         return (component.parameter, component) if component.parameter in self._files else None
 
+    def settings(self, component: Component) -> QuantizationScheme:
+        """How the config says that the component's codes are read, its format included."""
+        module = self._module(component)
+        if module is None or not self._is_packed(module):
+            raise self._error(f"does not hold {component.name} in codes")
+        scheme = self._compressor(module, component)[1]
+        packing = self._packing
+        if scheme.format is None and packing is not None:
+            scheme = scheme.model_copy(update={"format": packing.format})
+        return scheme
+
     def size_bytes(self, component: Component) -> int:
         """Codes, scales and zero points; dense weights count 16 bits at most."""
         module = self._module(component)

@@ -107,7 +107,7 @@ def quantization_config(modules: Mapping[str, Packed], dense: Sequence[str]) -> 
 
 def _targets(names: Iterable[str]) -> list[str]:
     """The names, those of experts as a pattern for each layer."""
-    found = {}
+    found: dict[str, None] = {}
     for name in names:
         stack, mark, _ = name.partition(".experts.")
         found[f"re:{re.escape(stack + mark)}.*" if mark else name] = None

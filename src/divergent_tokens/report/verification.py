@@ -1,0 +1,88 @@
+"""What a verification found, for a terminal and as Markdown; records in, runs no model."""
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from divergent_tokens.report.numbers import estimate, percent
+from divergent_tokens.report.tables import (
+    Record,
+    Section,
+    harmless,
+    markdown_page,
+    on_prompts,
+    table,
+)
+
+_METRICS = ("fdt", "sdt", "kl", "dppl")
+
+
+def verification_text(record: Record) -> RenderableType:
+    """For a terminal: verdict, checks, what was measured, notes."""
+    record = harmless(record)
+    parts: list[RenderableType] = [Text(title(record))]
+    parts += [table(*section) for section in _sections(record)]
+    parts.append(Text())
+    parts += [Text(f"• {note}") for note in notes(record)]
+    return Group(*parts)
+
+
+def verification_markdown(record: Record) -> str:
+    """The same as Markdown."""
+    record = harmless(record)
+    return markdown_page(title(record), _sections(record), notes(record))
+
+
+def title(record: Record) -> str:
+    """The verdict in a sentence."""
+    verdict = "is what its plan says" if record["passed"] else "is NOT what its plan says"
+    return (
+        f"{record['folder']} {verdict} ({record['plan']['n_components']} components of "
+        f"{record['base']['reference']}, {record['base']['dtype']})"
+    )
+
+
+def _sections(record: Record) -> Iterator[Section]:
+    rows = [
+        [check["name"], "✓" if check["passed"] else "✗", check["found"]]
+        for check in record["checks"]
+    ]
+    yield ("check", "", "found"), rows, "Checks"
+    measured = record["measured"]
+    if measured is None:
+        return
+    rows = [
+        [name, *("\n".join(_cell(metrics, metric)) for metric in _METRICS)]
+        for name, metrics in {"rounding": measured["rounding"], **measured["candidates"]}.items()
+    ]
+    heading = "Against the base, " + on_prompts(
+        measured["prompts"], measured["prompts"]["new_tokens"]
+    )
+    yield ("", *(metric.upper() for metric in _METRICS)), rows, heading
+
+
+def _cell(metrics: Record, name: str) -> tuple[str, str]:
+    return estimate(metrics[name], as_percent=name == "sdt")
+
+
+def notes(record: Record) -> Iterator[str]:
+    """What the numbers stand for, and who else loads it."""
+    plan = record["plan"]
+    yield (
+        f"The plan takes {percent(plan['size_bytes'] / plan['base_size_bytes'])} of the bytes of "
+        "the components that it chose from."
+    )
+    if record["measured"] is not None:
+        yield (
+            "in memory: the base with the plan applied; reloaded: the folder as transformers loads "
+            "it. Both are held against the base's own text."
+        )
+    for server, found in record["servers"].items():
+        if not found:
+            yield f"By rule {server} loads it rightly."
+        else:
+            yield (
+                f"By rule {server} would not load {len(found)} components rightly, the first of "
+                f"them {found[0]}"
+            )
