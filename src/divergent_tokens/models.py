@@ -311,6 +311,9 @@ def _load_network(folder: Path, reference: str, **options: Any) -> PreTrainedMod
     refuse_not_finite(network, reference)
     network.eval()
     network.requires_grad_(False)
+    if getattr(network.config, "quantization_config", None) is not None:
+        with loading(reference, "weights"), torch.no_grad():  # some unpack them when first run
+            network(torch.zeros(1, 1, dtype=torch.long, device=network.device))
     return network  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,93 @@
+"""Plans that a server would not load rightly, and that it is so: transformers is tried."""
+
+import pytest
+import torch
+
+import tiny
+from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.couplings import Coupling
+from divergent_tokens.compress.plan import Plan, uniform_plan
+from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.compress.servers import problems
+
+TRANSFORMERS, VLLM = Coupling.transformers, Coupling.vllm
+
+
+def found(architecture, scheme, target, *, include=(), dtype=torch.float32):
+    network = tiny.network(architecture)
+    plan = uniform_plan(find_components(network, include=include), parse_scheme(scheme))
+    return problems(plan, find_components(network, include=["*"]), target, dtype=dtype)
+
+
+@pytest.mark.parametrize("target", list(Coupling))
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "fp8", "int8:tensor", "magnitude:0.5"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_uniform_plans_of_dense_models_are_loaded(architecture, scheme, target):
+    assert found(architecture, scheme, target) == ()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "target", "said"),
+    [
+        ("gpt2", "int8", TRANSFORMERS, "Conv1D layers of gpt2 would be filled with new weights"),
+        ("gpt2", "int8", VLLM, "Conv1D layers of gpt2"),
+        ("gpt-oss", "int8", TRANSFORMERS, "no server unpacks the experts of gpt_oss"),
+        ("llama", "nvfp4", TRANSFORMERS, "4-bit floats to bfloat16 only"),
+        ("llama", "int4:g16:asym", TRANSFORMERS, "zero points in another shape"),
+        ("llama", "int6", VLLM, "integers of 4 and 8 bits"),
+        ("llama", "int4:g16", VLLM, "in groups of 32, 64, 128"),
+        ("qwen3-moe", "w8a8", TRANSFORMERS, "from packed integers alone"),
+        ("llama", "from:somewhere", VLLM, "leaves no codes"),
+    ],
+)
+def test_what_is_refused_and_why(architecture, scheme, target, said):
+    first = found(architecture, scheme, target)[0]
+    assert said in str(first)
+    assert first.instead
+
+
+def test_embeddings_are_refused_packed_but_not_pruned():
+    assert "tied ones nowhere" in str(found("llama", "int8", VLLM, include=["lm_head"])[0])
+    assert found("llama", "magnitude:0.5", VLLM, include=["lm_head"]) == ()
+
+
+def test_4_bit_floats_are_fine_in_bfloat16():
+    assert found("llama", "nvfp4", TRANSFORMERS, dtype=torch.bfloat16) == ()
+
+
+def mixed(architecture, schemes, target):
+    network = tiny.network(architecture)
+    components = find_components(network)
+    texts = {c.name: schemes(c) for c in components}
+    plan = Plan({name: parse_scheme(text) for name, text in texts.items() if text})
+    every = find_components(network, include=["*"])
+    return problems(plan, every, target, dtype=torch.float32)
+
+
+def test_half_a_fused_matrix_is_refused_by_vllm_alone():
+    def only_q(component):
+        return "int8" if component.kind == "q" else None
+
+    assert mixed("llama", only_q, TRANSFORMERS) == ()
+    first, second = mixed("llama", only_q, VLLM)
+    assert first.component == "model.layers.0.self_attn.k_proj"
+    assert "q_proj has int8" in first.why
+    assert (first.scheme, second.component) == ("unchanged", "model.layers.1.self_attn.k_proj")
+
+
+def test_experts_of_two_schemes():
+    def by_layer(component):
+        return f"int{4 + 4 * component.layer}" if component.kind == "expert" else None
+
+    def within(component):
+        return f"int{4 + 4 * (component.expert % 2)}" if component.kind == "expert" else None
+
+    assert mixed("qwen3-moe", by_layer, VLLM) == ()
+    (one,) = mixed("qwen3-moe", by_layer, TRANSFORMERS)
+    assert "one scheme for all 24 routed experts" in one.why
+    assert len(mixed("qwen3-moe", within, VLLM)) == 2
+
+
+def test_a_whole_plan_has_its_problems_in_order():
+    names = [problem.component for problem in found("llama", "int6", VLLM)]
+    assert names == [c.name for c in find_components(tiny.network("llama"))]
