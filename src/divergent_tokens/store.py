@@ -107,6 +107,8 @@ def writing_entry(cache: Path, key: str) -> Iterator[EntryWriter]:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its name at the end; gone if the body fails.
 
+    Then what was there before is there still.
+
     What the system says about the disk is raised as it is. Of two processes that write the same
     the later one wins.
     """
@@ -116,19 +118,32 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        while True:
-            try:
-                folder.rename(target)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            # Damaged, or another process was quicker: ours is as good.
+        while not _moved(folder, target):
+            # To be replaced, damaged, or another process was quicker: ours is as good.
             with suppress(FileNotFoundError):  # a third process moved it away
                 target.rename(old)
+            try:
+                if _moved(folder, target):
+                    break
+            except BaseException:
+                with suppress(OSError):  # what was there stays, whole
+                    old.rename(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _moved(folder: Path, target: Path) -> bool:
+    """Rename a folder; False if there is one already that holds something."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def _remove_stale(parent: Path) -> None:
