@@ -1,6 +1,7 @@
 """A written checkpoint against its plan: what plain transformers makes of it, bit for bit."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,10 @@ class Verification:
             "checks": [vars(check) for check in self.checks],
             "worst": None
             if self.worst is None
-            else {"component": self.worst[0], "difference": self.worst[1]},
+            else {
+                "component": self.worst[0],
+                "difference": self.worst[1] if math.isfinite(self.worst[1]) else None,
+            },
             "measured": None if self.comparison is None else _measured_json(self.comparison),
             "servers": {name: list(found) for name, found in self.servers.items()},
         }

@@ -1,0 +1,232 @@
+"""A checkpoint against its plan: what is right passes, and whatever was tampered with is named."""
+
+import json
+import shutil
+from importlib import resources
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from safetensors.torch import load_file, save_file
+
+import runs
+import tiny
+from divergent_tokens.compress.checkpoint import write_checkpoint
+from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.errors import RecordError
+from divergent_tokens.models import load_model, outline_model
+from divergent_tokens.quiet import quietly
+from divergent_tokens.verify import verify
+
+FILE = resources.files("divergent_tokens") / "data" / "schemas" / "verification-1.json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("verify")
+
+
+def base_of(place, architecture="llama", dtype=torch.float32):
+    folder = place / f"{architecture}-{dtype}"
+    if not folder.is_dir():
+        with quietly():
+            tiny.network(architecture).to(dtype).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def written(folder, out, scheme, **options):
+    outline = outline_model(folder)
+    components = find_components(outline.network)
+    schemes = {c.name: scheme(c) if callable(scheme) else scheme for c in components}
+    model_type = outline.network.config.model_type
+    base = {
+        "reference": str(folder),
+        "fingerprint": outline.fingerprint,
+        "model_type": model_type,
+        "config": {},
+    }
+    file = PlanFile(base, {k: v for k, v in schemes.items() if v}, 1, 2)
+    write_checkpoint(outline, file, out, **options)
+    return out
+
+
+def verified(folder, out, dtype="float32"):
+    model = load_model(folder, dtype=dtype, device="cpu")
+    return verify(out, model, runs.prompts(n=4, length=8), new_tokens=6, batch_size=4)
+
+
+def failed(found):
+    return {check.name: check.found for check in found.checks if not check.passed}
+
+
+@pytest.fixture(scope="module")
+def int8(place):
+    return written(base_of(place), place / "int8", "int8")
+
+
+@pytest.fixture
+def copy(int8, tmp_path):
+    """A checkpoint to tamper with."""
+    shutil.copytree(int8, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# --- what is right ---
+
+
+def test_all_is_as_planned_and_said_in_the_form_of_the_schema(place, int8):
+    found = verified(base_of(place), int8)
+    assert failed(found) == {}
+    assert [check.name for check in found.checks] == [
+        "loads",
+        "keys",
+        "weights",
+        "config",
+        "settings",
+        "sizes",
+        "divergence",
+    ]
+    record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    problems = [
+        f"{error.json_path}: {error.message[:200]}"
+        for error in Draft202012Validator(json.loads(FILE.read_text())).iter_errors(record)
+    ]
+    assert problems == []
+    candidates = record["measured"]["candidates"]
+    assert candidates["in memory"] == candidates["reloaded"]
+    assert record["servers"] == {"vllm": [], "transformers": []}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "options"),
+    [
+        ("llama", "w8a8", {}),
+        ("llama", lambda c: {"q": "int4:g8", "up": "fp8"}.get(c.kind), {}),
+        ("qwen3-moe", "int4:g8", {}),
+        ("gpt2", "int4", {"dense": True}),
+        ("gpt-oss", lambda c: f"int{3 + (c.expert or 0)}", {"dense": True}),
+    ],
+)
+def test_other_plans_and_architectures(place, tmp_path, architecture, scheme, options):
+    folder = base_of(place, architecture)
+    found = verified(folder, written(folder, tmp_path / "out", scheme, **options))
+    assert failed(found) == {}
+    assert (found.to_json()["passed"], found.worst) == (True, None)
+
+
+def test_in_bfloat16(place, tmp_path):
+    folder = base_of(place, dtype=torch.bfloat16)
+    assert failed(verified(folder, written(folder, tmp_path / "out", "nvfp4"), "bfloat16")) == {}
+
+
+# --- what was tampered with ---
+
+
+def changed(copy, change):
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+
+
+def test_a_changed_byte_names_the_component(place, copy):
+    name = "model.layers.1.mlp.up_proj"
+
+    def flip(tensors):
+        tensors[f"{name}.weight_packed"].view(torch.uint8)[3, 5] ^= 64
+
+    changed(copy, flip)
+    found = verified(base_of(place), copy)
+    said = failed(found)
+    assert said.keys() == {"weights", "divergence"}
+    assert said["weights"].startswith(f"{name} differs most from its plan, by ")
+    assert name in said["divergence"]
+    assert found.worst[0] == name
+
+
+def test_a_changed_byte_of_what_is_not_compressed(place, copy):
+    def flip(tensors):
+        tensors["model.norm.weight"].view(torch.uint8)[7] ^= 16
+
+    changed(copy, flip)
+    assert failed(verified(base_of(place), copy))["weights"].startswith("model.norm.weight differs")
+
+
+def test_a_scale_that_was_cut_off(place, copy):
+    def cut(tensors):
+        name = "model.layers.0.self_attn.q_proj.weight_scale"
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    changed(copy, cut)
+    said = failed(verified(base_of(place), copy))
+    assert "self_attn.q_proj.weight_scale" in said["keys"]
+    assert "weights" in said
+
+
+def test_a_file_cut_short(place, copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    found = verified(base_of(place), copy)
+    said = failed(found)
+    assert said.keys() == {"loads", "settings"}
+    assert "model.safetensors" in said["settings"]
+    assert found.comparison is None
+
+
+def test_missing_and_unexpected_keys(place, copy):
+    def rename(tensors):
+        name = "model.layers.0.mlp.down_proj"
+        tensors[f"{name}.weight_packet"] = tensors.pop(f"{name}.weight_packed")
+
+    changed(copy, rename)
+    said = failed(verified(base_of(place), copy))
+    assert "missing" in said["keys"]
+    assert "down_proj.weight_pack" in said["keys"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "said"),
+    [
+        (lambda c: c.update(rms_norm_eps=1e-3), "config", "rms_norm_eps is 0.001"),
+        (
+            lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(
+                num_bits=4
+            ),
+            "settings",
+            "other weights for model.layers.0.self_attn.q_proj",
+        ),
+        (lambda c: c.pop("quantization_config"), "keys", "unexpected"),
+        (lambda c: c.update(model_type="no_such"), "loads", "no_such"),
+    ],
+)
+def test_a_config_edited_by_hand(place, copy, edit, check, said):
+    config = json.loads((copy / "config.json").read_text())
+    edit(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert said in failed(verified(base_of(place), copy))[check]
+
+
+def test_inputs_that_are_not_quantized_any_more(place, tmp_path):
+    out = written(base_of(place), tmp_path / "out", "w8a8")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (out / "config.json").write_text(json.dumps(config))
+    said = failed(verified(base_of(place), out))
+    assert said.keys() == {"settings", "divergence"}
+    assert "inputs are quantized otherwise" in said["divergence"]
+
+
+def test_the_checkpoint_of_another_plan(place, int8, tmp_path):
+    other = written(base_of(place), tmp_path / "other", "int4:g8")
+    shutil.copy(int8 / "plan.json", other / "plan.json")
+    said = failed(verified(base_of(place), other))
+    assert said.keys() == {"weights", "settings", "sizes", "divergence"}
+
+
+def test_no_plan_and_a_plan_of_another_base(place, copy):
+    with pytest.raises(RecordError, match="is another model"):
+        verified(base_of(place, "qwen3"), copy)
+    (copy / "plan.json").unlink()
+    with pytest.raises(RecordError, match=r"plan\.json does not exist"):
+        verified(base_of(place), copy)
