@@ -1,0 +1,107 @@
+"""`dtm compress` and `dtm verify`, from a plan to a folder that is what it says."""
+
+import json
+
+import pytest
+
+import runs
+import tiny
+from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.plan_file import PlanFile, write_plan
+from divergent_tokens.models import outline_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("compress")
+    runs.model().network.save_pretrained(place / "base")
+    runs.model().tokenizer.save_pretrained(place / "base")
+    rows = [{"text": f"{sentence} {i}"} for i, sentence in enumerate(tiny.SENTENCES * 2)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outline = outline_model(place / "base")
+    names = [component.name for component in find_components(outline.network)]
+    base = {
+        "reference": str(place / "base"),
+        "fingerprint": outline.fingerprint,
+        "model_type": "llama",
+        "config": {},
+    }
+    for scheme in ("int8", "int6", "w8a8"):
+        file = PlanFile(base, dict.fromkeys(names, scheme), 50, 100)
+        write_plan(place / f"{scheme}.json", file)
+    return place
+
+
+@pytest.fixture
+def settings(place):
+    return [
+        "--n-prompts",
+        4,
+        "--prefix",
+        8,
+        "--new-tokens",
+        6,
+        "--prompts",
+        place / "prompts.jsonl",
+    ]
+
+
+def test_a_plan_is_written_and_verified(dtm, place, settings, tmp_path):
+    out = tmp_path / "out"
+    left = dtm("compress", place / "base", place / "int8.json", "--out", out)
+    assert (left.code, left.err) == (0, "")
+    words = " ".join(left.out.split())
+    assert "MB of weights in 1 file" in words
+    assert "int8 14" in words
+    assert "By rule vllm loads it too." in words
+    record = tmp_path / "verification.json"
+    left = dtm("verify", out, *settings, "--cache", tmp_path / "cache", "--out", record)
+    assert (left.code, left.err) == (0, "")
+    assert "is what its plan says (14 components of" in " ".join(left.out.split())
+    assert json.loads(record.read_text())["passed"] is True
+
+
+def test_json_and_markdown(dtm, place, tmp_path):
+    arguments = ("compress", place / "base", place / "int6.json")
+    left = dtm(*arguments, "--out", tmp_path / "a", "--format", "json")
+    found = json.loads(left.out)
+    assert found["elsewhere"]["target"] == "vllm"
+    assert found["elsewhere"]["n_problems"] == 14
+    left = dtm(*arguments, "--out", tmp_path / "b", "--format", "markdown")
+    assert "| int6 | 14 |" in left.out
+    assert "vLLM loads integers of 4 and 8 bits" in left.out
+
+
+def test_a_checkpoint_that_is_not_as_planned_ends_with_1(dtm, place, settings, tmp_path):
+    out = tmp_path / "out"
+    dtm("compress", place / "base", place / "int8.json", "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    left = dtm("verify", out, *settings, "--cache", tmp_path / "cache")
+    assert left.code == 1
+    assert "is not as its plan says: " in left.err
+    assert "config: rms_norm_eps is 0.1" in left.err
+    assert "is NOT what its plan says" in " ".join(left.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["int8.json", "--dtype", "int4"], "--dtype is 'int4'; expected one of"),
+        (["int6.json", "--target", "vllm"], "vllm would not load this plan rightly"),
+        (["w8a8.json", "--dense"], "which dense weights cannot say"),
+        (["missing.json"], "does not exist"),
+    ],
+)
+def test_bad_input(dtm, place, tmp_path, arguments, said):
+    name, *options = arguments
+    left = dtm("compress", place / "base", place / name, "--out", tmp_path / "out", *options)
+    assert (left.code, left.out) == (2, "")
+    assert said in left.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_to_verify(dtm, place, tmp_path):
+    assert "is no folder" in dtm("verify", tmp_path / "nowhere").err
+    assert "plan.json does not exist" in dtm("verify", place / "base").err
+    assert dtm("verify", place / "base").code == 2
