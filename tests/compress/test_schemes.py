@@ -110,7 +110,7 @@ def test_every_scheme_round_trips(steps: tuple[schemes.Step, ...]) -> None:
         ("mxfp8", "did you mean 'mxfp4'"),
         ("w8a8+fp8", "quantizes a component's inputs twice, by w8a8 and by fp8"),
         ("fp8+fp8", "two steps of the kind 'fp8'"),
-        ("fp9", "Known: .*int8, .*w8a8, fp8, mxfp4, nvfp4, magnitude:0.5, from:PATH"),
+        ("fp9", "Known: .*int8, .*w8a8, fp8, mxfp4, nvfp4, llm.int8, magnitude:0.5, from:PATH"),
         ("magnitude:0.5+from:a+b", "takes a step before 'from:'"),
         ("from", "'from' names no checkpoint"),
         ("from: ", "names no checkpoint; expected the folder of one or a .gguf file"),

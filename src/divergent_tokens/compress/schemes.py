@@ -16,6 +16,7 @@ from torch import Tensor
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
+from divergent_tokens.compress.llm_int8 import LlmInt8
 from divergent_tokens.compress.packed import Packed, pack_integers
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import (
@@ -381,8 +382,8 @@ _FAMILIES = (
         (*(f"int{bits}" for bits in range(2, 9)), "int8:tensor", "int4:g64", "int4:g64:asym"),
     ),
     *(
-        _Family(str(step), re.compile(str(step)), _only(str(step), step), (str(step),))
-        for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"))
+        _Family(str(step), re.compile(re.escape(str(step))), _only(str(step), step), (str(step),))
+        for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"), LlmInt8())
     ),
     _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
     _Family("from", re.compile("from"), _parse_donor, ("from:PATH",)),
