@@ -11,6 +11,7 @@ from divergent_tokens.cli.compare import compare
 from divergent_tokens.cli.complete import complete
 from divergent_tokens.cli.components import components
 from divergent_tokens.cli.compress import compress
+from divergent_tokens.cli.export import export
 from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, print_out, say
 from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (compare, complete, components, sweep, search, compress, verify):
+for command in (compare, complete, components, sweep, search, compress, verify, export):
     app.command()(command)
 
 

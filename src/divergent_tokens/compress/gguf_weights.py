@@ -56,6 +56,17 @@ _NAMES = _SAME_ROWS | _Q_AND_K_PERMUTED
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+def gguf_architecture(model_type: str) -> gguf.MODEL_ARCH:
+    """What the gguf library calls an architecture of transformers."""
+    numbers = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    if _NAMES.get(model_type) not in numbers:
+        raise SchemeError(
+            f"how a GGUF keeps the matrices of {model_type!r} is not known here (known: "
+            f"{', '.join(sorted(_NAMES))})"
+        )
+    return numbers[_NAMES[model_type]]
+
+
 class GgufWeights:
     """An open GGUF file. Raises SchemeError, as all of its methods do."""
 

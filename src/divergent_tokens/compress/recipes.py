@@ -1,0 +1,274 @@
+"""A plan as other tools' settings, so that their quantizers can carry out what was chosen here.
+
+The decisions are ours, the arithmetic is theirs: a scale that they fit otherwise gives another KL.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import gguf
+import torch
+import yaml
+from compressed_tensors.quantization import QuantizationScheme
+
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.gguf_weights import gguf_architecture
+from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.compress.schemes import AbsMax, Scheme
+from divergent_tokens.errors import SchemeError
+
+
+class Tool(StrEnum):
+    """Whose settings."""
+
+    llm_compressor = "llm-compressor"
+    gptqmodel = "gptqmodel"
+    llama_cpp = "llama.cpp"
+    modelopt = "modelopt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file for another tool."""
+
+    text: str
+    notes: tuple[str, ...]
+    """How it is used, and what it does otherwise than planned."""
+
+
+def recipe(file: PlanFile, tool: Tool) -> Recipe:
+    """The plan's decisions as that tool reads them.
+
+    Raises SchemeError, naming a component, for a scheme that the tool has no setting for.
+    """
+    return _RECIPES[tool](file.plan().schemes, file)
+
+
+Schemes = Mapping[str, Scheme]
+
+
+def _refused(name: str, scheme: Scheme, tool: Tool, takes: str) -> SchemeError:
+    return SchemeError(
+        f"{tool} has no setting for {name} ({scheme}); it takes {takes}: search a plan of those "
+        "(dtm search --scheme), or take from: and dtm compress --dense for the rest"
+    )
+
+
+def _weights_only(name: str, scheme: Scheme, tool: Tool, takes: str) -> AbsMax:
+    """The one step of a scheme that rounds integers."""
+    step = scheme.steps[0]
+    if len(scheme.steps) != 1 or not isinstance(step, AbsMax):
+        raise _refused(name, scheme, tool, takes)
+    return step
+
+
+# --- llm-compressor ---
+
+
+def _llm_compressor(schemes: Schemes, _file: PlanFile) -> Recipe:
+    """A QuantizationModifier with a group for each scheme; its targets are module names."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, scheme in schemes.items():
+        if not scheme.is_packable or len(scheme.steps) > 1:
+            raise _refused(
+                name, scheme, Tool.llm_compressor, "intB, w8a8, fp8, mxfp4 and nvfp4 on their own"
+            )
+        group = groups.setdefault(str(scheme), {**_settings(scheme), "targets": []})
+        group["targets"].append(name)
+    modifier = {
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
+    }
+    content = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
+    return Recipe(
+        yaml.safe_dump(content, sort_keys=False, width=100),
+        (
+            "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and no data; put "
+            "GPTQModifier in the place of QuantizationModifier, and give it a dataset, for GPTQ.",
+            "Its scale is max|w| / (2^(B-1) - 1/2) with one code more: another rounding than ours.",
+        ),
+    )
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    """Weights and inputs as compressed-tensors' arguments, from a matrix of ones."""
+    step = scheme.steps[-1]
+    group = step.granularity if isinstance(step, AbsMax) else 32
+    columns = 2 * group if isinstance(group, int) else 64
+    weight = torch.ones(1, columns)
+    component = Component("", "other", 0, (1, columns), weight.dtype, "")
+    settings: QuantizationScheme = scheme.packed(weight, component).settings
+    found = settings.model_dump(mode="json", exclude={"targets", "format", "output_activations"})
+    return {
+        part: {key: value for key, value in args.items() if value is not None}
+        for part, args in found.items()
+        if args is not None
+    }
+
+
+# --- GPTQModel ---
+
+_GPTQ_BITS = (2, 3, 4, 8)
+_GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def _gptqmodel(schemes: Schemes, _file: PlanFile) -> Recipe:
+    """The most frequent setting for all, `dynamic` for the others, and for what stays."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name, scheme in schemes.items():
+        takes = f"int{'/'.join(map(str, _GPTQ_BITS))}, by channel or in groups, :asym or not"
+        step = _weights_only(name, scheme, Tool.gptqmodel, takes)
+        group = -1 if step.granularity == "channel" else step.granularity
+        if step.bits not in _GPTQ_BITS or group not in (-1, *_GPTQ_GROUPS):
+            raise _refused(name, scheme, Tool.gptqmodel, takes)
+        settings[name] = {"bits": step.bits, "group_size": group, "sym": step.symmetric}
+    frequent = Counter(json.dumps(one) for one in settings.values()).most_common(1)
+    default = json.loads(frequent[0][0]) if frequent else {"bits": 4, "group_size": 128}
+    # The first pattern that matches decides, so that what is not planned comes last.
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(name)}$": one for name, one in settings.items()
+    }
+    content = {**default, "dynamic": {**dynamic, "-:.*": {}}}
+    return Recipe(
+        json.dumps(content, indent=1) + "\n",
+        (
+            "QuantizeConfig(**json.load(open(FILE))) reads it; what the plan leaves as it is, is "
+            "left out by the last pattern.",
+        ),
+    )
+
+
+# --- llama.cpp ---
+
+_GGML: Mapping[tuple[int, bool], str] = {
+    (8, True): "q8_0",
+    (6, True): "q6_K",
+    (5, True): "q5_0",
+    (5, False): "q5_1",
+    (4, True): "q4_0",
+    (4, False): "q4_1",
+    (3, True): "q3_K",
+    (2, True): "q2_K",
+}
+"""(bits, symmetric) -> the nearest ggml type."""
+
+
+def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
+    """A `--tensor-type-file`: one regular expression and type a line, each for one tensor."""
+    model_type = str(file.base["model_type"])
+    names = _tensor_names(model_type, schemes)
+    types: dict[str, tuple[str, str]] = {}
+    for name, scheme in schemes.items():
+        tensor, found = names(name), _ggml_type(name, scheme)
+        other = types.setdefault(tensor, (found, name))
+        if other[0] != found:
+            raise SchemeError(
+                f"llama.cpp keeps {other[1]} and {name} in one tensor, {tensor}, and the plan has "
+                f"them as {other[0]} and {found}; search again with --couple vllm"
+            )
+    lines = [f"^{re.escape(tensor)}\\.weight$={found}" for tensor, (found, _) in types.items()]
+    return Recipe(
+        "\n".join(lines) + "\n",
+        (
+            "llama-quantize --tensor-type-file FILE model-bf16.gguf model.gguf Q8_0 carries it "
+            "out; the last word is the type of what the plan leaves as it is, which llama.cpp does "
+            "not leave.",
+            "ggml types have blocks of 32 (K types: 256) whatever the plan's groups; rows that 256 "
+            "does not divide get a larger type than a K type.",
+        ),
+    )
+
+
+def _ggml_type(name: str, scheme: Scheme) -> str:
+    if str(scheme) == "mxfp4":
+        return "mxfp4"
+    takes = "int2, int3, int4, int5, int6, int8, int4:asym, int5:asym and mxfp4"
+    step = _weights_only(name, scheme, Tool.llama_cpp, takes)
+    found = _GGML.get((step.bits, step.symmetric))
+    if found is None:
+        raise _refused(name, scheme, Tool.llama_cpp, takes)
+    return found
+
+
+def _tensor_names(model_type: str, schemes: Schemes) -> Callable[[str], str]:
+    """From a component to the tensor that holds it in a GGUF."""
+    architecture = gguf_architecture(model_type)
+    layers = [int(number) for name in schemes for number in re.findall(r"\.(\d+)\.", name)[:1]]
+    names = gguf.get_tensor_name_map(architecture, max(layers, default=0) + 1)
+
+    def tensor(name: str) -> str:
+        merged = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        found = names.get_name(merged)
+        if found is None:
+            raise SchemeError(
+                f"gguf knows no tensor for {name} of {model_type}; leave it out of the plan"
+            )
+        return str(found)
+
+    return tensor
+
+
+# --- Model Optimizer ---
+
+
+def _modelopt(schemes: Schemes, _file: PlanFile) -> Recipe:
+    """A `quant_cfg` as auto_quantize chooses one: all off, then each module's quantizers."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, scheme in schemes.items():
+        for part, settings in _quantizers(name, scheme).items():
+            entries.append({"quantizer_name": f"{name}.{part}", "cfg": settings})
+    content = {"quant_cfg": entries, "algorithm": "max"}
+    return Recipe(
+        json.dumps(content, indent=1) + "\n",
+        ("mtq.quantize(model, QuantizeConfig(**json.load(open(FILE)))) carries it out.",),
+    )
+
+
+def _quantizers(name: str, scheme: Scheme) -> dict[str, dict[str, Any]]:
+    per_token = {"type": "dynamic", "block_sizes": {"-1": None}}
+    known: dict[str, dict[str, dict[str, Any]]] = {
+        "w8a8": {
+            "weight_quantizer": {"num_bits": 8, "axis": 0},
+            "input_quantizer": {"num_bits": 8, **per_token},
+        },
+        "fp8": {
+            "weight_quantizer": {"num_bits": [4, 3], "axis": 0},
+            "input_quantizer": {"num_bits": [4, 3], **per_token},
+        },
+        "mxfp4": {
+            "weight_quantizer": {
+                "num_bits": [2, 1],
+                "block_sizes": {"-1": 32, "type": "dynamic", "scale_bits": [8, 0]},
+            }
+        },
+        "nvfp4": {
+            "weight_quantizer": {
+                "num_bits": [2, 1],
+                "block_sizes": {"-1": 16, "type": "dynamic", "scale_bits": [4, 3]},
+            }
+        },
+    }
+    if str(scheme) in known:
+        return known[str(scheme)]
+    takes = "intB by tensor, channel or group, w8a8, fp8, mxfp4 and nvfp4"
+    step = _weights_only(name, scheme, Tool.modelopt, takes)
+    if not step.symmetric:
+        raise _refused(name, scheme, Tool.modelopt, takes)
+    where: dict[str, Any] = {"axis": 0}
+    if step.granularity == "tensor":
+        where = {"axis": None}
+    elif isinstance(step.granularity, int):
+        where = {"block_sizes": {"-1": step.granularity}}
+    return {"weight_quantizer": {"num_bits": step.bits, **where}}
+
+
+_RECIPES: Mapping[Tool, Callable[[Schemes, PlanFile], Recipe]] = {
+    Tool.llm_compressor: _llm_compressor,
+    Tool.gptqmodel: _gptqmodel,
+    Tool.llama_cpp: _llama_cpp,
+    Tool.modelopt: _modelopt,
+}
