@@ -24,6 +24,8 @@ from divergent_tokens.compress.components import Component, component_view, find
 from divergent_tokens.compress.couplings import Coupling
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, read_plan
+from divergent_tokens.compress.quantize import scale_dtype
+from divergent_tokens.compress.schemes import AbsMax, Scheme
 from divergent_tokens.compress.servers import problems
 from divergent_tokens.errors import DivergentTokensError, ModelError
 from divergent_tokens.fingerprints import VOLATILE_CONFIG_KEYS
@@ -37,6 +39,8 @@ SCHEMA = "divergent-tokens/verification/1"
 SIZE_TOLERANCE = 0.02
 """Of the planned bytes of the packed components."""
 MEMORY, RELOADED = "in memory", "reloaded"
+_SHAPE_BYTES = 16
+"""Two integers beside packed codes."""
 _NEW_KEYS = {"quantization_config"}
 
 
@@ -292,9 +296,19 @@ def _packing(folder: Path, plan: Plan, components: Sequence[Component]) -> Itera
         yield Check("settings", False, str(error))
         return
     wanted = sum(plan.schemes[component.name].size_bytes(component) for component in packable)
-    by = found / wanted - 1 if wanted else 0.0
-    said = f"{found} bytes in codes, {wanted} planned ({by:+.2%})"
+    layout = sum(_layout_bytes(plan.schemes[component.name], component) for component in packable)
+    by = (found - layout) / wanted - 1 if wanted else 0.0
+    said = f"{found} bytes in codes, {wanted} planned and {layout} of the format's own ({by:+.2%})"
     yield Check("sizes", abs(by) <= SIZE_TOLERANCE, said)
+
+
+def _layout_bytes(scheme: Scheme, component: Component) -> int:
+    """What the format adds to codes and scales: a shape, and one scale repeated by channel."""
+    step = scheme.steps[-1]
+    if not isinstance(step, AbsMax):
+        return 0
+    repeated = component.shape[0] - 1 if step.granularity == "tensor" else 0
+    return _SHAPE_BYTES + repeated * scale_dtype(component.dtype).itemsize
 
 
 def _settings(weights: CheckpointWeights, plan: Plan, packable: Sequence[Component]) -> Check:

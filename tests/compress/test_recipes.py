@@ -167,7 +167,7 @@ def test_experts_of_a_layer_are_one_tensor():
 
 
 def test_modelopt_s_quantizers():
-    found = json.loads(
+    found = yaml.safe_load(
         text(
             Tool.modelopt,
             {
@@ -182,9 +182,9 @@ def test_modelopt_s_quantizers():
     assert first == {"quantizer_name": "*", "enable": False}
     by_name = {entry["quantizer_name"].removeprefix(BLOCK + "."): entry["cfg"] for entry in entries}
     assert by_name["q_proj.weight_quantizer"] == {"num_bits": 8, "axis": 0}
-    assert by_name["k_proj.weight_quantizer"] == {"num_bits": 4, "block_sizes": {"-1": 64}}
+    assert by_name["k_proj.weight_quantizer"] == {"num_bits": 4, "block_sizes": {-1: 64}}
     assert by_name["v_proj.input_quantizer"]["type"] == "dynamic"
-    assert by_name["o_proj.weight_quantizer"]["block_sizes"]["-1"] == 16
+    assert by_name["o_proj.weight_quantizer"]["block_sizes"][-1] == 16
 
 
 # --- refused ---

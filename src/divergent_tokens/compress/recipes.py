@@ -223,13 +223,13 @@ def _modelopt(schemes: Schemes, _file: PlanFile) -> Recipe:
             entries.append({"quantizer_name": f"{name}.{part}", "cfg": settings})
     content = {"quant_cfg": entries, "algorithm": "max"}
     return Recipe(
-        json.dumps(content, indent=1) + "\n",
-        ("mtq.quantize(model, QuantizeConfig(**json.load(open(FILE)))) carries it out.",),
+        yaml.safe_dump(content, sort_keys=False),
+        ("mtq.quantize(model, yaml.safe_load(open(FILE)), forward_loop) carries it out.",),
     )
 
 
 def _quantizers(name: str, scheme: Scheme) -> dict[str, dict[str, Any]]:
-    per_token = {"type": "dynamic", "block_sizes": {"-1": None}}
+    per_token = {"type": "dynamic", "block_sizes": {-1: None}}
     known: dict[str, dict[str, dict[str, Any]]] = {
         "w8a8": {
             "weight_quantizer": {"num_bits": 8, "axis": 0},
@@ -242,13 +242,13 @@ def _quantizers(name: str, scheme: Scheme) -> dict[str, dict[str, Any]]:
         "mxfp4": {
             "weight_quantizer": {
                 "num_bits": [2, 1],
-                "block_sizes": {"-1": 32, "type": "dynamic", "scale_bits": [8, 0]},
+                "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]},
             }
         },
         "nvfp4": {
             "weight_quantizer": {
                 "num_bits": [2, 1],
-                "block_sizes": {"-1": 16, "type": "dynamic", "scale_bits": [4, 3]},
+                "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]},
             }
         },
     }
@@ -262,7 +262,7 @@ def _quantizers(name: str, scheme: Scheme) -> dict[str, dict[str, Any]]:
     if step.granularity == "tensor":
         where = {"axis": None}
     elif isinstance(step.granularity, int):
-        where = {"block_sizes": {"-1": step.granularity}}
+        where = {"block_sizes": {-1: step.granularity}}
     return {"weight_quantizer": {"num_bits": step.bits, **where}}
 
 
