@@ -51,6 +51,11 @@ def test_embeddings_are_refused_packed_but_not_pruned():
     assert found("llama", "magnitude:0.5", VLLM, include=["lm_head"]) == ()
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt-oss", "qwen3-moe"])
+def test_a_pruned_matrix_is_an_ordinary_one_anywhere(architecture):
+    assert found(architecture, "magnitude:0.5", TRANSFORMERS) == ()
+
+
 def test_4_bit_floats_are_fine_in_bfloat16():
     assert found("llama", "nvfp4", TRANSFORMERS, dtype=torch.bfloat16) == ()
 

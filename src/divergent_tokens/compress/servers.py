@@ -96,7 +96,7 @@ def _no_conv1d(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[s
 
 
 def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if component.stack_index is None or not component.transposed:
+    if component.stack_index is None or not component.transposed or is_kept_dense(scheme):
         return None
     return (
         f"no server unpacks the experts of {component.model_type}, which lie as [in, out]",
