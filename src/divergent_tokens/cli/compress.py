@@ -61,13 +61,14 @@ def compress(
 
     import torch
 
-    from divergent_tokens.compress.checkpoint import check_for, write_checkpoint
+    from divergent_tokens.compress.checkpoint import check_folder, check_for, write_checkpoint
     from divergent_tokens.compress.plan_file import read_plan
     from divergent_tokens.models import outline_model
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
     file = read_plan(plan)
+    check_folder(out, overwrite=overwrite)
     of_weights = None if dtype == "auto" else getattr(torch, dtype)
     with progress_bar(quiet) as progress:
         progress("load", 0, 1, "models")

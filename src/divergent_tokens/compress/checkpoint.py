@@ -4,23 +4,27 @@ Only one tensor of the base and one shard of what is written are ever in memory.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from divergent_tokens.compress.checkpoint_weights import CheckpointWeights
 from divergent_tokens.compress.components import Component, component_view, find_components
 from divergent_tokens.compress.couplings import Coupling
-from divergent_tokens.compress.model_card import model_card
+from divergent_tokens.compress.model_card import measured_table, model_card
 from divergent_tokens.compress.packed import Packed, quantization_config
 from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, write_plan
@@ -31,7 +35,7 @@ from divergent_tokens.store import clear_disk_errors, replacing_folder
 
 PLAN = "plan.json"
 SHARD_BYTES = 5 * 10**9
-"""The most that one file of weights holds, as transformers has it."""
+"""The most that one file of weights holds, and that is in memory at once."""
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", PLAN, "adapter_*", "*_loading_report*")
 
@@ -81,9 +85,9 @@ def write_checkpoint(
     weights, whatever the scheme. The rest is copied: other weights (in another `dtype`, if one is
     given), tokenizer, chat template, generation config; the plan and a model card are added.
 
-    Raises RecordError for a plan of another base and for a folder that holds something, unless it
-    is a checkpoint of ours and to be overwritten; SchemeError for what `target` would not load
-    rightly, by name.
+    Raises RecordError for a plan of another base, for a folder that holds something, unless it is
+    a checkpoint of ours and to be overwritten, and for a full disk; SchemeError for what `target`
+    would not load rightly, by name.
     """
     plan = file.plan()
     if file.base["fingerprint"] != base.fingerprint:
@@ -92,7 +96,9 @@ def write_checkpoint(
             f"{file.base['fingerprint'][:12]}…), and {base.reference} is another model "
             f"({base.fingerprint[:12]}…); take that base, or search a plan for this one"
         )
-    _check_folder(out, overwrite=overwrite)
+    check_folder(out, overwrite=overwrite)
+    _check_apart(base, out)
+    measured = measured_table(file.trail)
     source = _Source(base, plan, dtype)
     check_plan(plan, source.components)
     if dense:
@@ -108,7 +114,13 @@ def write_checkpoint(
         config = source.config(dense=dense)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_plan(folder / PLAN, file)
-        card = model_card(file, packed=source.packed_formats, size_bytes=shards.size_bytes)
+        card = model_card(
+            file,
+            base=base.reference,
+            packed=source.packed_formats,
+            size_bytes=shards.size_bytes,
+            measured=measured,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Checkpoint(
         folder=out,
@@ -131,7 +143,8 @@ def check_for(
 # --- refused ---
 
 
-def _check_folder(out: Path, *, overwrite: bool) -> None:
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """Raise RecordError if no checkpoint may be written there."""
     if out.exists() and not out.is_dir():
         raise RecordError(f"{out} is a file; name a folder to write the checkpoint into")
     if not out.is_dir() or not any(out.iterdir()):
@@ -144,6 +157,13 @@ def _check_folder(out: Path, *, overwrite: bool) -> None:
         raise RecordError(
             f"the folder {out} holds something else than a checkpoint of ours (it has no {PLAN}), "
             "which is never overwritten; name another"
+        )
+
+
+def _check_apart(base: Outline, out: Path) -> None:
+    if base.folder.resolve().is_relative_to(out.resolve()):
+        raise RecordError(
+            f"the folder {out} holds the base {base.reference}, which is read; name another"
         )
 
 
@@ -162,6 +182,14 @@ def _check_packable(source: "_Source", target: Coupling) -> None:
     if found:
         more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
         raise SchemeError(f"{target} would not load this plan rightly: {found[0]}{more}")
+    for component, place in chain(*source.inside.values()):
+        scheme = source.plan.schemes[component.name]
+        if place.stack_index is not None and not is_kept_dense(scheme):
+            raise SchemeError(
+                f"{component.name} ({scheme}) lies in {component.parameter} with the other experts "
+                f"of its layer in the files of {source.base.reference}, where nothing looks for "
+                "codes; write the plan dense (--dense)"
+            )
 
 
 # --- tensors ---
@@ -200,7 +228,7 @@ class _Source:
         return tuple(sorted(formats))
 
     @cached_property
-    def _inside(self) -> Mapping[str, list[tuple[Component, Component]]]:
+    def inside(self) -> Mapping[str, list[tuple[Component, Component]]]:
         """Tensor -> the planned components that it holds, each as named and as it lies there."""
         found: dict[str, list[tuple[Component, Component]]] = {}
         for component in self.components:
@@ -217,7 +245,7 @@ class _Source:
 
     def written(self, *, dense: bool, progress: Any = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the new checkpoint with its name, in the order of the base's."""
-        inside, names = self._inside, self.weights.names
+        inside, names = self.inside, self.weights.names
         for done, name in enumerate(names):
             tensor = self.weights.tensor(name)
             self.base_size_bytes += tensor.numel() * tensor.itemsize
@@ -322,7 +350,8 @@ class _Shards:
         path = self._unnamed(len(self._where))
         path.touch()
         mode = path.stat().st_mode  # as the umask has it; the library's own is for one user only
-        save_file(self._tensors, path, {"format": "pt"})
+        with _plain_disk_errors():
+            save_file(self._tensors, path, {"format": "pt"})
         path.chmod(mode)
         self._where.append(list(self._tensors))
         self.size_bytes += self._n_bytes
@@ -330,6 +359,18 @@ class _Shards:
 
     def _unnamed(self, i: int) -> Path:
         return self._folder / f"part-{i}"
+
+
+@contextmanager
+def _plain_disk_errors() -> Iterator[None]:
+    """What safetensors, written in Rust, makes of a full disk, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _copy_files(source: Path, folder: Path) -> None:

@@ -1,34 +1,40 @@
 """The README.md of a checkpoint: what was done to which base, and what it did to the text."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.errors import RecordError
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _METRICS = {
     "kl": ("KL, nats per token", "{:.3g}"),
     "sdt": ("SDT, share of divergent tokens", "{:.2%}"),
     "fdt": ("FDT, tokens until the first divergence", "{:.1f}"),
     "dppl": ("DPPL", "{:.3g}"),
 }
+_UNKNOWN = "?"
+"""A bound that nothing is known of."""
 
 
-def model_card(file: PlanFile, *, packed: Sequence[str], size_bytes: int) -> str:
+def model_card(
+    file: PlanFile, *, base: str, packed: Sequence[str], size_bytes: int, measured: Sequence[str]
+) -> str:
     """The card as Markdown, with the front matter that the hub reads.
 
-    The measured table is that of the plan's last measurement, if it has one.
+    `base` is what the user called it: only a hub id is named to the hub. `packed` are the formats
+    of compressed-tensors in the files, none if all weights are ordinary; `size_bytes` are those of
+    all weights. `measured` is the `measured_table`.
     """
-    base = str(file.base["reference"])
-    is_id = _HUB_ID.fullmatch(base) is not None
-    name = base if is_id else base.rstrip("/").rpartition("/")[2]
+    is_id = not base.startswith("demo:") and not Path(base).expanduser().exists()
+    name = _code(base if is_id else base.rstrip("/").rpartition("/")[2])
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if is_id:
         front += [f"base_model: {base}", "base_model_relation: quantized"]
     front += ["tags:", "- divergent-tokens", *(["- compressed-tensors"] if packed else [])]
     counts = Counter(file.components.values()).most_common()
+    needed = "transformers and compressed-tensors" if packed else "transformers"
     lines = [
         "---",
         *front,
@@ -36,16 +42,19 @@ def model_card(file: PlanFile, *, packed: Sequence[str], size_bytes: int) -> str
         "",
         f"# {name}, compressed",
         "",
-        f"A version of `{name}` in which {len(file.components)} weight matrices are compressed; "
-        f"{100 * file.size_bytes / file.base_size_bytes:.1f} % of the bytes that the base spends "
-        f"on them, {size_bytes / 1e6:.1f} MB of weights in all.",
+        f"A version of {name} with {len(file.components)} compressed weight matrices. "
+        f"{_size(file)}{size_bytes / 1e6:.1f} MB of weights in all"
+        f"{'' if packed else ', stored as ordinary ones: the harm of the plan without its size'}.",
         "",
         "| scheme | matrices |",
         "| --- | --- |",
-        *(f"| `{scheme}` | {count} |" for scheme, count in counts),
+        *(f"| {_code(scheme)} | {count} |" for scheme, count in counts),
         "",
-        *_measured(file.trail),
+        *measured,
+        "",
         "Which matrix has which scheme, and how that was found, is in `plan.json`.",
+        "",
+        f"It loads with {needed}:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -57,25 +66,59 @@ def model_card(file: PlanFile, *, packed: Sequence[str], size_bytes: int) -> str
     return "\n".join(lines)
 
 
-def _measured(trail: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table of the last measurement."""
+def measured_table(trail: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown with what was measured last of a plan.
+
+    Raises RecordError for a step that does not hold what `dtm search --prompts` writes.
+    """
     steps = [step for step in trail if step.get("step") == "measured"]
     if not steps:
-        return ["It was not measured on held-out prompts.", ""]
-    step = steps[-1]
-    prompts, metrics = step["prompts"], step["metrics"]
-    rows = [
-        f"| {title} | {form.format(found['value'])} | "
-        f"{form.format(found['low'])} to {form.format(found['high'])} |"
-        for key, (title, form) in _METRICS.items()
-        if (found := metrics.get(key)) is not None
-    ]
+        return ["It was not measured on held-out prompts."]
+    try:
+        return _table(steps[-1])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(
+            "a step 'measured' of the plan's trail does not hold what `dtm search --prompts` "
+            f"writes ({type(error).__name__}: {error}); measure the plan again, or take the step "
+            "out"
+        ) from error
+
+
+def _table(step: Mapping[str, Any]) -> list[str]:
+    prompts, metrics, overlap = step["prompts"], step["metrics"], step.get("overlap", 0)
+    held_out = "that chose nothing" if not overlap else f"of which {overlap} had a say in the plan"
+    found = {name: metrics[name] for name in _METRICS if metrics.get(name) is not None}
+    levels = {f"{100 * estimate['level']:g} %" for estimate in found.values()}
     return [
-        f"Against the base, on {prompts['n_prompts']} prompts that chose nothing, over "
-        f"{prompts['new_tokens']} new tokens at most:",
+        f"Against the base, on {prompts['n_prompts']} prompts {held_out}, over at most "
+        f"{prompts['new_tokens']} new tokens:",
         "",
-        "| metric | value | 95 % interval |",
+        f"| metric | value | {', '.join(sorted(levels))} interval |",
         "| --- | --- | --- |",
-        *rows,
-        "",
+        *(_row(*_METRICS[name], estimate) for name, estimate in found.items()),
     ]
+
+
+def _row(title: str, form: str, estimate: Mapping[str, Any]) -> str:
+    value, low, high = (
+        _UNKNOWN if estimate[name] is None else form.format(estimate[name])
+        for name in ("value", "low", "high")
+    )
+    return f"| {title} | {value} | {low} to {high} |"
+
+
+def _size(file: PlanFile) -> str:
+    """What the plan does to the matrices that there were to choose from."""
+    if not file.base_size_bytes:
+        return ""
+    share = file.size_bytes / file.base_size_bytes
+    return (
+        f"All matrices that there were to choose from take {100 * share:.1f} % of the bytes that "
+        "the base spends on them at 16 bits a weight; "
+    )
+
+
+def _code(text: str) -> str:
+    """As code in a line of Markdown, or in a table's cell."""
+    line = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    return f"`{line}`"
