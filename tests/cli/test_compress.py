@@ -1,11 +1,15 @@
 """`dtm compress` and `dtm verify`, from a plan to a folder that is what it says."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
 
 import runs
 import tiny
+from divergent_tokens.compress import checkpoint
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.plan_file import PlanFile, write_plan
 from divergent_tokens.models import outline_model
@@ -99,6 +103,26 @@ def test_bad_input(dtm, place, tmp_path, arguments, said):
     assert (left.code, left.out) == (2, "")
     assert said in left.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_base_is_read(dtm, place, tmp_path):
+    (tmp_path / "kept").write_text("")
+    left = dtm("compress", "no base at all", place / "int8.json", "--out", tmp_path)
+    assert (left.code, left.out) == (2, "")
+    assert "is not empty; name another" in left.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(dtm, place, tmp_path, monkeypatch, number):
+    def interrupted(*_arguments):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    left = dtm("compress", place / "base", place / "int8.json", "--out", tmp_path / "out")
+    assert left.code == 128 + number
+    assert "nothing was left half written" in left.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_to_verify(dtm, place, tmp_path):

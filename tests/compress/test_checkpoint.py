@@ -4,12 +4,14 @@ import errno
 import hashlib
 import json
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from divergent_tokens.compress import checkpoint
@@ -153,7 +155,7 @@ def test_in_another_dtype(bases, tmp_path):
 # --- dense ---
 
 
-@pytest.mark.parametrize("architecture", sorted(set(tiny.CONFIGS) - {"mamba2"}))
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_any_plan_is_written_dense(bases, tmp_path, architecture):
     write(bases(architecture), "magnitude:0.3+int4", tmp_path / "out", dense=True)
     assert_as_planned(bases(architecture), tmp_path / "out")
@@ -209,40 +211,82 @@ def test_a_base_in_shards(bases, tmp_path):
     assert_as_planned(folder, tmp_path / "out")
 
 
-def test_the_model_card(bases, tmp_path):
+def test_the_model_card_names_the_base_by_how_it_was_called(bases, tmp_path):
     outline, file = plan_of(bases("llama"), "int8")
-    estimate = {"value": 0.0123456, "low": 0.01, "high": 0.02}
-    step = {
-        "step": "measured",
-        "prompts": {"n_prompts": 32, "new_tokens": 64},
-        "metrics": {"kl": estimate, "sdt": estimate},
-    }
-    base = {**file.base, "reference": "org/model"}
-    file = PlanFile(base, file.components, 50, 100, (step,))
-    write_checkpoint(outline, file, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\n")
-    front = card.split("---\n")[1].splitlines()
-    assert "base_model: org/model" in front
-    assert "base_model_relation: quantized" in front
-    assert "- compressed-tensors" in front
-    assert "| KL, nats per token | 0.0123 | 0.01 to 0.02 |" in card
-    assert "| SDT, share of divergent tokens | 1.23% | 1.00% to 2.00% |" in card
-    assert "on 32 prompts" in card
-    assert "50.0 % of the bytes" in card
+    write_checkpoint(outline, file, tmp_path / "a")
+    assert "base_model" not in (tmp_path / "a" / "README.md").read_text()
+    write_checkpoint(replace(outline, reference="org/model"), file, tmp_path / "b")
+    assert "base_model: org/model\n" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_golden_bytes(bases, tmp_path):
-    """The same base and plan give the same files, whatever wrote them before."""
-    write(bases("llama"), "int4:g8", tmp_path / "one")
-    write(bases("llama"), "int4:g8", tmp_path / "two")
-    for path in sorted((tmp_path / "one").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    tensors = load_file(tmp_path / "one" / "model.safetensors")
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-    assert digest.hexdigest() == "1057a507343d1895de614e6139be1123a5355f274a4f9084317e71a2dfa24300"
+# --- golden bytes ---
+
+GOLDEN_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 0,
+    "dtype": "bfloat16",
+    "eos_token_id": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "model_type": "llama",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+    "vocab_size": tiny.VOCABULARY,
+}
+GOLDEN = {
+    "README.md": "c9fc642912b7ad2a2f39fa0fd3c367a79ba9593abd5fd3f3bdda91ce84ce76de",
+    "config.json": "63bb6a419ce7e241c7010bc8d78d72382dcea05faf42cff36040f75845e842d1",
+    "model.safetensors": "b067c7a6bbe6b19c9712fff3e0a71d95a09f4baf83a6b582173d4afcc52d535a",
+    "plan.json": "dfff6e0822dc01fcf72650783a6838c5f2dcb51fc9ce33400947214827102499",
+}
+
+
+def golden_base(folder):
+    """Of numbers that no library has a say in: multiples of 1/64."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(GOLDEN_CONFIG))
+    tiny.tokenizer().save_pretrained(folder)
+    tensors = {}
+    for i, (name, tensor) in enumerate(outline_network(folder).state_dict().items()):
+        steps = torch.arange(tensor.numel()) * (37 + 2 * i) % 127 - 63
+        tensors[name] = (steps / 64).reshape(tensor.shape).bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def outline_network(folder):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def test_golden_bytes(tmp_path):
+    """The same base and plan give the same files, whatever machine writes them."""
+    folder = golden_base(tmp_path / "base")
+    schemes = {"q": "int4:g8", "k": "int4:g8", "v": "int4:g8", "up": "w8a8", "gate": "w8a8"}
+    schemes |= {"o": "fp8", "down": "int8:tensor"}
+    outline, file = plan_of(folder, lambda c: schemes.get(c.kind))
+    file = replace(file, base={**file.base, "reference": "org/model"})
+    write_checkpoint(replace(outline, reference="org/model"), file, tmp_path / "out")
+    assert_as_planned(folder, tmp_path / "out", torch.bfloat16)
+    left = {path.name: path for path in (tmp_path / "out").iterdir()}
+    for path in folder.iterdir():  # what is written anew is golden, the rest is copied
+        if path.name not in GOLDEN:
+            assert left.pop(path.name).read_bytes() == path.read_bytes(), path.name
+    text = left["config.json"].read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    found = {name: path.read_bytes() for name, path in left.items()}
+    found["config.json"] = json.dumps(without_nothing(json.loads(text))).encode()
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} == GOLDEN
+
+
+def without_nothing(value):
+    """Some versions of compressed-tensors write the settings that they do not use, as null."""
+    if not isinstance(value, dict):
+        return value
+    return {k: without_nothing(v) for k, v in value.items() if v is not None and v != {}}
 
 
 # --- refused ---
@@ -264,6 +308,7 @@ def test_a_plan_of_another_base(bases, tmp_path):
         ("gpt2", "int8", {}, "transformers would not load this plan rightly: .*Conv1D.*7 more"),
         ("llama", "int6", {"target": Coupling.vllm}, "vllm would not load this plan rightly"),
         ("qwen3-moe", "fp8", {}, "from packed integers alone"),
+        ("mamba2", "int8", {}, "out_proj .*transformers sets the weight"),
         ("llama", "w8a8", {"dense": True}, "which dense weights cannot say"),
     ],
 )
@@ -271,6 +316,39 @@ def test_what_would_be_loaded_wrongly(bases, tmp_path, architecture, scheme, opt
     with pytest.raises(SchemeError, match=said):
         write(bases(architecture), scheme, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_tensor_are_written_dense_alone(bases, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(bases("qwen3-moe"), folder)
+    fused = {k: v.contiguous() for k, v in tiny.network("qwen3-moe").state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+    save_file(fused, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        SchemeError, match=r"experts\.0\.gate_proj.*with the other experts.*--dense"
+    ):
+        write(folder, "int8", tmp_path / "out")
+    write(folder, "int8", tmp_path / "out", dense=True)
+    assert_as_planned(folder, tmp_path / "out")
+
+
+def test_a_step_of_the_trail_that_holds_something_else(bases, tmp_path):
+    outline, file = plan_of(bases("llama"), "int8")
+    file = replace(file, trail=({"step": "measured", "metrics": {}},))
+    with pytest.raises(RecordError, match="'measured' of the plan's trail does not hold"):
+        write_checkpoint(outline, file, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_base_is_never_overwritten(bases, tmp_path):
+    shutil.copytree(bases("llama"), tmp_path / "base")
+    outline, file = plan_of(tmp_path / "base", "int8")
+    (tmp_path / "base" / "plan.json").write_text("{}")
+    for out in (tmp_path / "base", tmp_path):
+        (out / "plan.json").write_text("{}")
+        with pytest.raises(RecordError, match="which is read; name another"):
+            write_checkpoint(outline, file, out, overwrite=True)
+    assert outline_model(tmp_path / "base").fingerprint == outline.fingerprint
 
 
 def test_a_base_that_is_compressed_already(bases, tmp_path):
@@ -343,3 +421,26 @@ def test_an_error_at_any_file_leaves_the_old_folder_or_the_new(bases, tmp_path, 
     assert n_stopped > 10
     assert contents(out) == new
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+
+
+@pytest.fixture
+def small_disk():
+    """A function that lets no file grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the error alone
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_no_room_for_the_weights(bases, tmp_path, small_disk):
+    """The system's own error, which reaches us through the library that writes them."""
+    out = tmp_path / "out"
+    write(bases("llama"), "int8", out)
+    old = contents(out)
+    small_disk(20_000)
+    with pytest.raises(RecordError, match=r"could not write .*out: .*nothing was left half"):
+        write(bases("llama"), "int4", out, overwrite=True)
+    assert contents(out) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

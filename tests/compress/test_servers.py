@@ -32,6 +32,7 @@ def test_uniform_plans_of_dense_models_are_loaded(architecture, scheme, target):
         ("gpt2", "int8", TRANSFORMERS, "Conv1D layers of gpt2 would be filled with new weights"),
         ("gpt2", "int8", VLLM, "Conv1D layers of gpt2"),
         ("gpt-oss", "int8", TRANSFORMERS, "no server unpacks the experts of gpt_oss"),
+        ("mamba2", "int8", TRANSFORMERS, "out_proj (int8): transformers sets the weight"),
         ("llama", "nvfp4", TRANSFORMERS, "4-bit floats to bfloat16 only"),
         ("llama", "int4:g16:asym", TRANSFORMERS, "zero points in another shape"),
         ("llama", "int6", VLLM, "integers of 4 and 8 bits"),

@@ -17,6 +17,8 @@ from divergent_tokens.compress.schemes import Scheme
 
 _VLLM_GROUPS = (32, 64, 128)
 """Group sizes that its kernels for weight-only integers know."""
+_SET_OUT_PROJ = ("falcon_mamba", "mamba", "mamba2")
+"""Whose `_init_weights` in transformers speaks of `module.out_proj.weight`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,17 @@ def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tup
     )
 
 
+def _no_mamba_out(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    own_way = component.model_type in _SET_OUT_PROJ and component.name.endswith(".out_proj")
+    if not own_way or is_kept_dense(scheme):
+        return None
+    return (
+        f"transformers sets the weight of this module of {component.model_type} itself while it "
+        "loads, and finds codes in its place",
+        "leave it out of the plan, or write the plan dense (--dense)",
+    )
+
+
 def _fp4_in_bf16(_c: Component, scheme: Scheme, dtype: torch.dtype) -> tuple[str, str] | None:
     if dtype is torch.bfloat16 or str(scheme.steps[-1]) not in ("mxfp4", "nvfp4"):
         return None
@@ -146,7 +159,7 @@ def _vllm_bits(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str
 
 
 _COMMON: tuple[_Rule, ...] = (_packable, _no_end, _no_conv1d, _known_experts)
-_TRANSFORMERS: tuple[_Rule, ...] = (_fp4_in_bf16, _symmetric, _plain_experts)
+_TRANSFORMERS: tuple[_Rule, ...] = (_no_mamba_out, _fp4_in_bf16, _symmetric, _plain_experts)
 _VLLM: tuple[_Rule, ...] = (_vllm_bits,)
 
 
