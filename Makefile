@@ -7,14 +7,19 @@ BIN := $(VENV)/bin
 # Another TORCH is another installation.
 RUNTIME := $(VENV)/.runtime-$(subst /,-,$(subst =,-,$(TORCH)))
 DEVELOPMENT := $(VENV)/.development
+COMPRESSOR := $(VENV)-llmcompressor/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-llmcompressor check format bench clean
 
 demo: $(RUNTIME)
 	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --n-prompts 64 --examples 1 --out comparison.json
 
 test: $(DEVELOPMENT)
 	$(BIN)/python -m pytest -n auto
+
+# llm-compressor holds transformers back, so that it has an environment of its own.
+test-llmcompressor: $(COMPRESSOR)
+	$(VENV)-llmcompressor/bin/python -m pytest -n auto -W ignore tests/compress tests/test_verify.py tests/test_models.py
 
 check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .
@@ -31,7 +36,7 @@ bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/coverage.py --rows benchmarks/results/coverage-rows.json
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-llmcompressor
 
 $(RUNTIME): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,4 +48,10 @@ $(RUNTIME): pyproject.toml
 
 $(DEVELOPMENT): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --editable ".[data,dev]"
+	touch $@
+
+$(COMPRESSOR): pyproject.toml
+	$(PYTHON) -m venv $(VENV)-llmcompressor
+	$(VENV)-llmcompressor/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-llmcompressor/bin/python -m pip install --quiet --editable ".[data,llmcompressor]" hypothesis jsonschema pytest pytest-xdist
 	touch $@

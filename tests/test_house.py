@@ -22,6 +22,7 @@ FLOORS = [
     {"store"},
     {"fingerprints", "layers", "models", *MODEL_FILES},
     {"measure", "compress"},
+    {"calibrated"},
     {"candidates", "conditions"},
     {"backward", "sensitivities"},
     {"probe", "sweep", "search"},

@@ -3,6 +3,7 @@
 import json
 import shutil
 from importlib import resources
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
+from divergent_tokens.calibrated import ready_schemes
 from divergent_tokens.compress.checkpoint import write_checkpoint
 from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.plan import uniform_plan
 from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import RecordError
 from divergent_tokens.models import load_model, outline_model
 from divergent_tokens.quiet import quietly
@@ -119,6 +123,18 @@ def test_other_plans_and_architectures(place, tmp_path, architecture, scheme, op
 def test_in_bfloat16(place, tmp_path):
     folder = base_of(place, dtype=torch.bfloat16)
     assert failed(verified(folder, written(folder, tmp_path / "out", "nvfp4"), "bfloat16")) == {}
+
+
+@pytest.mark.skipif(find_spec("llmcompressor") is None, reason="llm-compressor is not installed")
+def test_codes_by_gptq_are_written_as_they_were_measured(place, tmp_path):
+    folder, cache = base_of(place), tmp_path / "cache"
+    model = load_model(folder, dtype="float32", device="cpu")
+    components = find_components(model.network)
+    scheme = parse_scheme("gptq:int4:g8")
+    (ready,) = ready_schemes(model, components, [scheme], cache=cache)
+    out = written(folder, tmp_path / "out", str(scheme), ready=uniform_plan(components, ready))
+    prompts = runs.prompts(n=4, length=8)
+    assert failed(verify(out, model, prompts, new_tokens=6, batch_size=4, cache=cache)) == {}
 
 
 # --- what was tampered with ---

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 from divergent_tokens import gguf_files, model_files
+from divergent_tokens.calibrated import ready_plan
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, find_components
 from divergent_tokens.compress.plan import Plan, check_plan, uniform_plan
@@ -49,22 +50,32 @@ Candidates = dict[str, Candidate]
 
 
 def scheme_candidates(
-    base: Model, *schemes: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    base: Model,
+    *schemes: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: str = "builtin",
+    cache: Path | None = None,
 ) -> Candidates:
     """The base with every component (or those that match) under each scheme, by the scheme's text.
 
-    The weights are lent: each comes back bit for bit before the next is made.
+    The weights are lent: each comes back bit for bit before the next is made. What is made from
+    the base's inputs on a `calibration` source (GPTQ's codes) is made here, and kept in `cache`.
     Raises SchemeError at once for a scheme that is unknown or does not fit a component.
     """
     parsed = [parse_scheme(text) for text in schemes]
     check_names(*map(str, parsed))
     components = find_components(base.network, include=include, exclude=exclude)
-    return lent_candidates(
-        base, {str(scheme): uniform_plan(components, scheme) for scheme in parsed}, components
-    )
+    plans = {str(scheme): uniform_plan(components, scheme) for scheme in parsed}
+    return lent_candidates(base, plans, components, calibration=calibration, cache=cache)
 
 
-def plan_candidates(base: Model, *paths: str | Path) -> Candidates:
+def plan_candidates(
+    base: Model,
+    *paths: str | Path,
+    calibration: str = "builtin",
+    cache: Path | None = None,
+) -> Candidates:
     """The base under each plan, by the name of the plan's file; the weights are lent.
 
     Raises RecordError or SchemeError at once, naming the file, for one that holds no plan that
@@ -81,11 +92,16 @@ def plan_candidates(base: Model, *paths: str | Path) -> Candidates:
             check_plan(plans[str(path)], components)
         except SchemeError as error:
             raise SchemeError(f"{path}: {error}") from error
-    return lent_candidates(base, plans, components)
+    return lent_candidates(base, plans, components, calibration=calibration, cache=cache)
 
 
 def lent_candidates(
-    base: Model, plans: Mapping[str, Plan], components: Sequence[Component]
+    base: Model,
+    plans: Mapping[str, Plan],
+    components: Sequence[Component],
+    *,
+    calibration: str = "builtin",
+    cache: Path | None = None,
 ) -> Candidates:
     """The base under each plan, by its name.
 
@@ -93,9 +109,13 @@ def lent_candidates(
     """
     for plan in plans.values():
         check_plan(plan, components)
+    ready = {
+        name: ready_plan(base, components, plan, source=calibration, cache=cache)
+        for name, plan in plans.items()
+    }
     return {
         name: Candidate(partial(lent_plan, base, plan, components=components))
-        for name, plan in plans.items()
+        for name, plan in ready.items()
     }
 
 

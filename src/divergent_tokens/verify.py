@@ -16,16 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from divergent_tokens import model_files, reload
+from divergent_tokens.calibrated import ready_plan
 from divergent_tokens.candidates import lent_candidates, model_candidates
+from divergent_tokens.compress.absmax import AbsMax
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.checkpoint import PLAN
 from divergent_tokens.compress.checkpoint_weights import CheckpointWeights
 from divergent_tokens.compress.components import Component, component_view, find_components
 from divergent_tokens.compress.couplings import Coupling
-from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.gptq import Gptq
+from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, read_plan
 from divergent_tokens.compress.quantize import scale_dtype
-from divergent_tokens.compress.schemes import AbsMax, Scheme
+from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.compress.servers import problems
 from divergent_tokens.errors import DivergentTokensError, ModelError
 from divergent_tokens.fingerprints import VOLATILE_CONFIG_KEYS
@@ -124,6 +127,7 @@ def verify(
     *,
     new_tokens: int = 128,
     ignore_eos: bool = False,
+    calibration: str = "builtin",
     seed: int = 0,
     batch_size: int | None = None,
     cache: Path | None = None,
@@ -138,7 +142,10 @@ def verify(
     """
     file = read_plan(folder / PLAN)
     check_base(file, base, folder / PLAN)
-    plan, components = file.plan(), find_components(base.network, include=["*"])
+    components = find_components(base.network, include=["*"])
+    plan = file.plan()
+    check_plan(plan, components)
+    plan = ready_plan(base, components, plan, source=calibration, cache=cache, progress=progress)
     checks: list[Check] = []
     worst = None
     with tempfile.TemporaryDirectory() as place:
@@ -305,6 +312,7 @@ def _packing(folder: Path, plan: Plan, components: Sequence[Component]) -> Itera
 def _layout_bytes(scheme: Scheme, component: Component) -> int:
     """What the format adds to codes and scales: a shape, and one scale repeated by channel."""
     step = scheme.steps[-1]
+    step = step.grid if isinstance(step, Gptq) else step
     if not isinstance(step, AbsMax):
         return 0
     repeated = component.shape[0] - 1 if step.granularity == "tensor" else 0

@@ -13,6 +13,7 @@ from divergent_tokens.cli.options import (
     Base,
     BatchSize,
     Cache,
+    CalibrationSource,
     Chat,
     Device,
     Dtype,
@@ -105,6 +106,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    calibration: CalibrationSource = "builtin",
     cache: Cache = None,
     quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
@@ -169,9 +171,16 @@ def compare(
         schemes: Candidates = {}
         if scheme:
             schemes = scheme_candidates(
-                model, *scheme, include=include or (), exclude=exclude or ()
+                model,
+                *scheme,
+                include=include or (),
+                exclude=exclude or (),
+                calibration=calibration,
+                cache=cache,
             )
-        plans = plan_candidates(model, *plan) if plan else {}
+        plans: Candidates = {}
+        if plan:
+            plans = plan_candidates(model, *plan, calibration=calibration, cache=cache)
         result = comparison.compare(
             model,
             joined(models, schemes, plans),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from divergent_tokens.cli.options import Base, Cache, Format, Quiet
+from divergent_tokens.cli.loading import load_base
+from divergent_tokens.cli.options import Base, Cache, CalibrationSource, Format, Quiet
 from divergent_tokens.cli.output import print_record, progress_bar
 from divergent_tokens.cli.signals import on_signals, tidy_up
 from divergent_tokens.compress.couplings import Coupling
@@ -48,6 +49,7 @@ def compress(
     format: Annotated[
         Format, typer.Option("--format", help="How the result is printed.")
     ] = Format.text,
+    calibration: CalibrationSource = "builtin",
     cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
@@ -61,7 +63,15 @@ def compress(
 
     import torch
 
-    from divergent_tokens.compress.checkpoint import check_folder, check_for, write_checkpoint
+    from divergent_tokens.calibrated import ready_plan
+    from divergent_tokens.compress.checkpoint import (
+        check_folder,
+        check_for,
+        weights_dtype,
+        write_checkpoint,
+    )
+    from divergent_tokens.compress.components import find_components
+    from divergent_tokens.compress.plan import check_plan
     from divergent_tokens.compress.plan_file import read_plan
     from divergent_tokens.models import outline_model
     from divergent_tokens.store import default_cache
@@ -69,11 +79,21 @@ def compress(
     on_signals(tidy_up)
     file = read_plan(plan)
     check_folder(out, overwrite=overwrite)
+    cache = cache or default_cache()
     of_weights = None if dtype == "auto" else getattr(torch, dtype)
     with progress_bar(quiet) as progress:
         progress("load", 0, 1, "models")
-        outline = outline_model(base, cache=cache or default_cache())
+        outline = outline_model(base, cache=cache)
         progress("load", 1, 1, "models")
+        ready = file.plan()
+        if any(scheme.needs_codes for scheme in ready.schemes.values()):
+            running = of_weights or weights_dtype(outline)
+            model = load_base(base, progress, dtype=running, device="cpu", cache=cache)
+            components = find_components(model.network, include=["*"])
+            check_plan(ready, components)
+            ready = ready_plan(
+                model, components, ready, source=calibration, cache=cache, progress=progress
+            )
         written = write_checkpoint(
             outline,
             file,
@@ -81,6 +101,7 @@ def compress(
             dense=dense,
             target=target,
             dtype=of_weights,
+            ready=ready,
             overwrite=overwrite,
             progress=progress,
         )

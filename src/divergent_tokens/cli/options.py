@@ -88,6 +88,14 @@ Couple = Annotated[
     Coupling | None,
     typer.Option("--couple", help="Keep to what it loads, components bound together."),
 ]
+CalibrationSource = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="SOURCE",
+        help="Text whose inputs gptq: schemes are made from: builtin, a file, or hf:DATASET.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Load pickled weights (they are a risk).")

@@ -15,6 +15,7 @@ from divergent_tokens.cli.options import (
     BatchSize,
     Bits,
     Cache,
+    CalibrationSource,
     Chat,
     Count,
     Couple,
@@ -103,6 +104,7 @@ def sweep(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    calibration: CalibrationSource = "builtin",
     cache: Cache = None,
     quiet: Quiet = False,
     allow_pickle: AllowPickle = False,
@@ -134,6 +136,7 @@ def sweep(
         )
     check_out(out, base, text, prompts)
 
+    from divergent_tokens.calibrated import ready_schemes
     from divergent_tokens.compress.components import find_components
     from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.measure.perplexity import read_text
@@ -160,6 +163,11 @@ def sweep(
             trust_remote_code=trust_remote_code,
         )
         components = find_components(model.network, include=include or (), exclude=exclude or ())
+        for one in schemes:
+            one.check(components)
+        ready = ready_schemes(
+            model, components, schemes, source=calibration, cache=cache, progress=progress
+        )
         prompt_set = read_prompts(
             prompts,
             model,
@@ -188,13 +196,13 @@ def sweep(
                 "measure" if method is Method.measure else "probe"
             )
             found = sweep_all(
-                model, components, schemes, prompt_set, out, method=one_method, **settings
+                model, components, ready, prompt_set, out, method=one_method, **settings
             )
         else:
             found = settle(
                 model,
                 components,
-                schemes,
+                ready,
                 prompt_set,
                 out,
                 asked,

@@ -11,6 +11,7 @@ from divergent_tokens.cli.loading import load_base
 from divergent_tokens.cli.options import (
     BatchSize,
     Cache,
+    CalibrationSource,
     Chat,
     Device,
     Format,
@@ -57,6 +58,7 @@ def verify(
     batch_size: BatchSize = None,
     device: Device = "auto",
     seed: Seed = 0,
+    calibration: CalibrationSource = "builtin",
     cache: Cache = None,
     quiet: Quiet = False,
 ) -> None:
@@ -105,6 +107,7 @@ def verify(
             ),
             new_tokens=new_tokens,
             ignore_eos=ignore_eos,
+            calibration=calibration,
             seed=seed,
             batch_size=batch_size,
             cache=cache,

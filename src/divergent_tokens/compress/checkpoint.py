@@ -75,6 +75,7 @@ def write_checkpoint(
     dense: bool = False,
     target: Coupling = Coupling.transformers,
     dtype: torch.dtype | None = None,
+    ready: Plan | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Any = None,
@@ -84,12 +85,13 @@ def write_checkpoint(
     Packed components lie there in compressed-tensors' formats; with `dense` all are ordinary
     weights, whatever the scheme. The rest is copied: other weights (in another `dtype`, if one is
     given), tokenizer, chat template, generation config; the plan and a model card are added.
+    `ready` is the file's plan with its codes at hand, for schemes that need them (GPTQ).
 
     Raises RecordError for a plan of another base, for a folder that holds something, unless it is
     a checkpoint of ours and to be overwritten, and for a full disk; SchemeError for what `target`
     would not load rightly, by name.
     """
-    plan = file.plan()
+    plan = ready or file.plan()
     if file.base["fingerprint"] != base.fingerprint:
         raise RecordError(
             f"the plan was made for {file.base['reference']} (fingerprint "
@@ -138,6 +140,11 @@ def check_for(
     """What the target would not load rightly of the plan's packed checkpoint."""
     source = _Source(base, plan, dtype)
     return problems(plan, source.components, target, dtype=source.dtype)
+
+
+def weights_dtype(base: Outline) -> torch.dtype:
+    """What the base's files hold its weights in."""
+    return _Source(base, Plan({}), None).dtype
 
 
 # --- refused ---

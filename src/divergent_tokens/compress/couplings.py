@@ -26,7 +26,7 @@ _FUSED = (
 _FUSED_KINDS = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate up", "up": "gate up"}
 _OF_LATENT_ATTENTION = re.compile(r"_[ab]_proj")
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_INTEGERS = re.compile(r"int(\d+)\b")
+_INTEGERS = re.compile(r"(?:gptq:)?int(\d+)\b")
 
 
 def coupled(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.gptq import Codes
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.errors import SchemeError
 
@@ -23,6 +24,14 @@ class Plan:
         if len(distinct) == 1:
             return distinct[0]
         return ", ".join(f"{texts.count(text)} x {text}" for text in distinct) or "unchanged"
+
+    def bound(self, codes: Codes) -> "Plan":
+        """The same plan, its schemes' codes at hand."""
+        schemes = {
+            name: scheme.bound(codes) if scheme.needs_codes else scheme
+            for name, scheme in self.schemes.items()
+        }
+        return Plan(schemes)
 
     @property
     def digest(self) -> str:

@@ -16,10 +16,12 @@ import torch
 import yaml
 from compressed_tensors.quantization import QuantizationScheme
 
+from divergent_tokens.compress.absmax import AbsMax
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.gguf_weights import gguf_architecture
+from divergent_tokens.compress.gptq import Gptq
 from divergent_tokens.compress.plan_file import PlanFile
-from divergent_tokens.compress.schemes import AbsMax, Scheme
+from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.errors import SchemeError
 
 
@@ -62,6 +64,7 @@ def _refused(name: str, scheme: Scheme, tool: Tool, takes: str) -> SchemeError:
 def _weights_only(name: str, scheme: Scheme, tool: Tool, takes: str) -> AbsMax:
     """The one step of a scheme that rounds integers."""
     step = scheme.steps[0]
+    step = step.grid if isinstance(step, Gptq) else step
     if len(scheme.steps) != 1 or not isinstance(step, AbsMax):
         raise _refused(name, scheme, tool, takes)
     return step
@@ -71,24 +74,26 @@ def _weights_only(name: str, scheme: Scheme, tool: Tool, takes: str) -> AbsMax:
 
 
 def _llm_compressor(schemes: Schemes, _file: PlanFile) -> Recipe:
-    """A QuantizationModifier with a group for each scheme; its targets are module names."""
-    groups: dict[str, dict[str, Any]] = {}
+    """A modifier with a group for each scheme; its targets are module names."""
+    modifiers: dict[str, dict[str, dict[str, Any]]] = {}
     for name, scheme in schemes.items():
         if not scheme.is_packable or len(scheme.steps) > 1:
-            raise _refused(
-                name, scheme, Tool.llm_compressor, "intB, w8a8, fp8, mxfp4 and nvfp4 on their own"
-            )
+            takes = "intB, w8a8, fp8, mxfp4, nvfp4 and gptq:intB on their own"
+            raise _refused(name, scheme, Tool.llm_compressor, takes)
+        kind = "GPTQModifier" if scheme.needs_codes else "QuantizationModifier"
+        groups = modifiers.setdefault(kind, {})
         group = groups.setdefault(str(scheme), {**_settings(scheme), "targets": []})
         group["targets"].append(name)
-    modifier = {
-        "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
+    found = {
+        kind: {"config_groups": {f"group_{i}": g for i, g in enumerate(groups.values())}}
+        for kind, groups in modifiers.items()
     }
-    content = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
+    content = {"quantization_stage": {"quantization_modifiers": found}}
     return Recipe(
         yaml.safe_dump(content, sort_keys=False, width=100),
         (
-            "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and no data; put "
-            "GPTQModifier in the place of QuantizationModifier, and give it a dataset, for GPTQ.",
+            "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and, for GPTQ, a "
+            "dataset.",
             "Its scale is max|w| / (2^(B-1) - 1/2) with one code more: another rounding than ours.",
         ),
     )
@@ -97,6 +102,9 @@ def _llm_compressor(schemes: Schemes, _file: PlanFile) -> Recipe:
 def _settings(scheme: Scheme) -> dict[str, Any]:
     """Weights and inputs as compressed-tensors' arguments, from a matrix of ones."""
     step = scheme.steps[-1]
+    if isinstance(step, Gptq):
+        step = step.grid
+        scheme = Scheme((step,))
     group = step.granularity if isinstance(step, AbsMax) else 32
     columns = 2 * group if isinstance(group, int) else 64
     weight = torch.ones(1, columns)

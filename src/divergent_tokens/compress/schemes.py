@@ -7,25 +7,20 @@ its own text; no family knows another. To add one, write its step and put it in 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Protocol
 
 from torch import Tensor
 
+from divergent_tokens.compress.absmax import parse_absmax
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
+from divergent_tokens.compress.gptq import Codes, Gptq, parse_gptq
 from divergent_tokens.compress.llm_int8 import LlmInt8
-from divergent_tokens.compress.packed import Packed, pack_integers
+from divergent_tokens.compress.packed import Packed
 from divergent_tokens.compress.prune import prune_magnitude
-from divergent_tokens.compress.quantize import (
-    Granularity,
-    Quantized,
-    dequantize,
-    quantize,
-    scale_dtype,
-)
 from divergent_tokens.errors import SchemeError
 
 
@@ -108,6 +103,16 @@ class Scheme:
         return weight
 
     @property
+    def needs_codes(self) -> bool:
+        """Whether codes must be made from the base's inputs before it does anything."""
+        return any(isinstance(step, Gptq) for step in self.steps)
+
+    def bound(self, codes: Codes) -> "Scheme":
+        """The same scheme with its codes at hand."""
+        steps = (replace(s, codes=codes) if isinstance(s, Gptq) else s for s in self.steps)
+        return Scheme(tuple(steps))
+
+    @property
     def is_packable(self) -> bool:
         """Whether a compressed-tensors checkpoint can hold what comes out in codes."""
         return hasattr(self.steps[-1], "packed")
@@ -135,85 +140,6 @@ class Scheme:
         for step in self.steps:
             size = step.size_bytes(component, size)
         return size
-
-
-@dataclass(frozen=True)
-class AbsMax:
-    """`int4:g64:asym`: integer codes and a scale for each tensor, output channel or group."""
-
-    bits: int
-    granularity: Granularity = "channel"
-    symmetric: bool = True
-
-    def __str__(self) -> str:
-        """The canonical text: granularity before symmetry, defaults left out."""
-        words = [f"int{self.bits}"]
-        if self.granularity == "tensor":
-            words.append("tensor")
-        elif self.granularity != "channel":
-            words.append(f"g{self.granularity}")
-        return ":".join(words if self.symmetric else [*words, "asym"])
-
-    def check(self, components: Sequence[Component]) -> None:
-        """Refuse a group size that does not divide the `in` of every component."""
-        if not isinstance(self.granularity, int):
-            return
-        unfit = [c for c in components if c.shape[1] % self.granularity]
-        if unfit:
-            fitting = _fitting_groups(self.granularity, components)
-            raise SchemeError(
-                f"{self}: groups of {self.granularity} do not divide the {unfit[0].shape[1]} input "
-                f"columns of {unfit[0].name} ({len(unfit)} of {len(components)} components do not "
-                f"fit). Group sizes that fit all: {fitting or 'none from 8 up'}; or exclude "
-                "components"
-            )
-
-    @property
-    def by_rows(self) -> bool:
-        """True unless all rows share a scale."""
-        return self.granularity != "tensor"
-
-    @property
-    def activations(self) -> Activations | None:
-        """Nothing is done to the inputs."""
-        return None
-
-    def compress(self, weight: Tensor, component: Component) -> Tensor:
-        """The matrix after coding and decoding."""
-        return dequantize(self._quantized(weight))
-
-    def packed(self, weight: Tensor, component: Component) -> Packed:
-        """The codes, packed without gaps, and the scales."""
-        return pack_integers(self._quantized(weight))
-
-    def _quantized(self, weight: Tensor) -> Quantized:
-        return quantize(
-            weight, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric
-        )
-
-    def size_bytes(self, component: Component, size_before: int) -> int:
-        """B bits a code and a zero point, packed without gaps, and the scales in their dtype."""
-        n_out, n_in = component.shape
-        if self.granularity == "tensor":
-            n_scales = 1
-        elif self.granularity == "channel":
-            n_scales = n_out
-        else:
-            n_scales = n_out * (n_in // self.granularity)
-        n_zero_points = 0 if self.symmetric else n_scales
-        return (
-            math.ceil(n_out * n_in * self.bits / 8)
-            + math.ceil(n_zero_points * self.bits / 8)
-            + n_scales * scale_dtype(component.dtype).itemsize
-        )
-
-
-def _fitting_groups(wanted: int, components: Sequence[Component]) -> str:
-    """Up to eight group sizes that divide every `in`, those nearest to the one that was wanted."""
-    common = math.gcd(*(component.shape[1] for component in components))
-    sizes = [size for size in range(8, common + 1) if common % size == 0]
-    nearest = sorted(sizes, key=lambda size: abs(math.log(size / wanted)))[:8]
-    return ", ".join(str(size) for size in sorted(nearest))
 
 
 @dataclass(frozen=True)
@@ -267,11 +193,12 @@ def parse_scheme(text: str) -> Scheme:
             )
     if len(read) == 1:
         return Scheme((read[0][1],))
-    if "from" in families:
-        raise SchemeError(
-            f"scheme {text!r} takes a step before 'from:', which replaces what came out "
-            "of it; let 'from:' stand alone"
-        )
+    for alone in ("from", "gptq"):
+        if alone in families:
+            raise SchemeError(
+                f"scheme {text!r} takes a step beside '{alone}:', which is made from the base's "
+                f"own weights; let '{alone}:' stand alone"
+            )
     active = [str(step) for _, step in read if step.activations is not None]
     if len(active) > 1:
         raise SchemeError(
@@ -305,27 +232,6 @@ def _unknown(text: str, whole: str) -> str:
         f"unknown scheme {text!r}{within}; did you mean {nearest!r}? Known: {', '.join(known)}, "
         "and chains of them with '+'"
     )
-
-
-def _parse_absmax(text: str) -> AbsMax:
-    head, *words = text.split(":")
-    bits = int(head.removeprefix("int"))
-    if not 2 <= bits <= 8:
-        raise SchemeError(f"{text!r} asks for {bits} bits; AbsMax takes 2 to 8, as int2 ... int8")
-    granularity: Granularity | None = None
-    symmetric = True
-    for word in words:
-        group = re.fullmatch(r"g([1-9]\d*)", word)
-        if word == "asym" and symmetric:
-            symmetric = False
-        elif (word == "tensor" or group) and granularity is None:
-            granularity = int(group[1]) if group else "tensor"
-        else:
-            raise SchemeError(
-                f"{text!r}: {word!r} is not known here, or says something a second time; after "
-                f"{head!r} may come ':tensor' or a group size such as ':g64', then ':asym'"
-            )
-    return AbsMax(bits, "channel" if granularity is None else granularity, symmetric)
 
 
 def _parse_magnitude(text: str) -> Magnitude:
@@ -378,7 +284,7 @@ _FAMILIES = (
     _Family(
         "int",
         re.compile(r"int(0|[1-9]\d*)"),
-        _parse_absmax,
+        parse_absmax,
         (*(f"int{bits}" for bits in range(2, 9)), "int8:tensor", "int4:g64", "int4:g64:asym"),
     ),
     *(
@@ -386,5 +292,6 @@ _FAMILIES = (
         for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"), LlmInt8())
     ),
     _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
+    _Family("gptq", re.compile("gptq"), parse_gptq, ("gptq:int4:g64", "gptq:int8")),
     _Family("from", re.compile("from"), _parse_donor, ("from:PATH",)),
 )

@@ -148,7 +148,7 @@ def _plain_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tup
 
 
 def _vllm_bits(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    found = re.match(r"int(\d)(?::g(\d+))?", str(scheme.steps[-1]))
+    found = re.match(r"(?:gptq:)?int(\d)(?::g(\d+))?", str(scheme.steps[-1]))
     if found is None or (found[1] in "48" and int(found[2] or 32) in _VLLM_GROUPS):
         return None
     sizes = ", ".join(map(str, _VLLM_GROUPS))

@@ -24,6 +24,7 @@ def measure_plans(
     chosen_on: Collection[str],
     new_tokens: int,
     ignore_eos: bool = False,
+    calibration: str = "builtin",
     level: float = 0.95,
     seed: int = 0,
     batch_size: int | None = None,
@@ -36,7 +37,13 @@ def measure_plans(
     given ones are among them stands in each step as `overlap`.
     """
     components = find_components(base.network, include=["*"])
-    lent = lent_candidates(base, {n: file.plan() for n, file in plans.items()}, components)
+    lent = lent_candidates(
+        base,
+        {name: file.plan() for name, file in plans.items()},
+        components,
+        calibration=calibration,
+        cache=cache,
+    )
     comparison = compare(
         base,
         lent,

@@ -1,0 +1,95 @@
+"""Schemes and plans made ready: codes that depend on the base's inputs are made once, and kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from divergent_tokens.compress.calibration import Calibration, second_moments
+from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.gptq import Codes, Gptq, check_installed, round_by_gptq
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.errors import PromptError
+from divergent_tokens.measure.documents import read_documents
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.models import Model
+from divergent_tokens.store import default_cache
+
+N_TEXTS, MOST_TOKENS = 128, 512
+
+
+def read_calibration(source: str, base: Model) -> Calibration:
+    """The first documents of a source, each up to so many tokens."""
+    rows = []
+    for document in read_documents(source):
+        ids = base.tokenizer(document.text, verbose=False)["input_ids"][:MOST_TOKENS]
+        if ids:
+            rows.append(tuple(ids))
+        if len(rows) == N_TEXTS:
+            break
+    if not rows:
+        raise PromptError(f"{source} holds no text to calibrate on; name another source")
+    return Calibration(tuple(rows), source)
+
+
+def ready_schemes(
+    base: Model,
+    components: Sequence[Component],
+    schemes: Sequence[Scheme],
+    *,
+    source: str = "builtin",
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> tuple[Scheme, ...]:
+    """The schemes, with codes for each of the components where they need them."""
+    if not any(scheme.needs_codes for scheme in schemes):
+        return tuple(schemes)
+    pairs = [(component, scheme) for scheme in schemes for component in components]
+    codes = _codes(base, pairs, source=source, cache=cache, progress=progress)
+    return tuple(scheme.bound(codes) if scheme.needs_codes else scheme for scheme in schemes)
+
+
+def ready_plan(
+    base: Model,
+    components: Sequence[Component],
+    plan: Plan,
+    *,
+    source: str = "builtin",
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """The plan, with codes for its components where their schemes need them."""
+    named = {component.name: component for component in components}
+    pairs = [(named[n], scheme) for n, scheme in plan.schemes.items() if n in named]
+    if not any(scheme.needs_codes for _, scheme in pairs):
+        return plan
+    codes = _codes(base, pairs, source=source, cache=cache, progress=progress)
+    return plan.bound(codes)
+
+
+def _codes(
+    base: Model,
+    pairs: Sequence[tuple[Component, Scheme]],
+    *,
+    source: str,
+    cache: Path | None,
+    progress: Progress,
+) -> Codes:
+    """The codes of all pairs that need them; what was made before is not made again."""
+    calibration = read_calibration(source, base)
+    codes = Codes(cache or default_cache(), base.fingerprint, calibration.digest)
+    wanted: dict[Component, list[Gptq]] = {}
+    for component, scheme in pairs:
+        for step in scheme.steps:
+            if isinstance(step, Gptq):
+                step.check([component])
+                if codes.read(str(step), component) is None:
+                    wanted.setdefault(component, []).append(step)
+    if wanted:
+        check_installed()
+    found = second_moments(base.network, tuple(wanted), calibration)
+    for done, (component, moment) in enumerate(found):
+        weight = weight_of(base.network, component)
+        for step in wanted[component]:
+            codes.write(str(step), component, round_by_gptq(weight, moment, step.grid))
+        progress("gptq", done + 1, len(wanted), "components")
+    return codes

@@ -1,0 +1,93 @@
+"""What goes into components when the base reads text: second moments of their inputs."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from divergent_tokens.compress.components import Component
+
+ROOM_BYTES = 2 * 2**30
+"""Moments that are collected in one reading of the text; more take several readings."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Texts that a base reads, as token ids."""
+
+    rows: tuple[tuple[int, ...], ...]
+    source: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of the ids: texts are the same when their tokens are."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(np.asarray([len(row), *row], dtype="<i4").tobytes())
+        return found.hexdigest()
+
+
+def second_moments(
+    network: PreTrainedModel, components: Sequence[Component], calibration: Calibration
+) -> Iterator[tuple[Component, Tensor]]:
+    """Each component with Σ x xᵀ [in, in] over all tokens that go into it, float32.
+
+    The components are modules of their own. Those that are given the very same inputs, q, k and v
+    say, share one moment.
+    """
+    for block in _blocks(components):
+        moments = _collected(network, block, calibration)
+        for component in block:
+            yield component, moments.pop(component.name)
+
+
+def _blocks(components: Sequence[Component]) -> Iterator[list[Component]]:
+    """Runs of components whose moments have room together."""
+    block: list[Component] = []
+    n_bytes = 0
+    for component in components:
+        size = 4 * component.shape[1] ** 2
+        if block and n_bytes + size > ROOM_BYTES:
+            yield block
+            block, n_bytes = [], 0
+        block.append(component)
+        n_bytes += size
+    if block:
+        yield block
+
+
+@torch.no_grad()
+def _collected(
+    network: PreTrainedModel, components: Sequence[Component], calibration: Calibration
+) -> dict[str, Tensor]:
+    moments: dict[str, Tensor] = {}
+    same_as: dict[str, str] = {}
+    """Component -> the one before it that is given the same inputs."""
+    last: list[tuple[Any, str]] = []
+    """The last inputs, and whose they were."""
+
+    def add(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        if last and last[0][0] is x:
+            same_as[name] = last[0][1]
+            return
+        last[:] = [(x, name)]
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        moments[name] = moments[name] + rows.T @ rows if name in moments else rows.T @ rows
+
+    with ExitStack() as stack:
+        for component in components:
+            module = network.get_submodule(component.parameter.removesuffix(".weight"))
+            hook = module.register_forward_pre_hook(partial(add, component.name))
+            stack.callback(hook.remove)
+        for row in calibration.rows:
+            network.base_model(torch.tensor([row], device=network.device), use_cache=False)
+            last.clear()
+    return {c.name: moments[same_as.get(c.name, c.name)] for c in components}
