@@ -19,6 +19,7 @@ from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.checkpoint import check_for, write_checkpoint
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.couplings import Coupling
+from divergent_tokens.compress.packed import quantization_config
 from divergent_tokens.compress.plan_file import PlanFile, read_plan
 from divergent_tokens.errors import ModelError, RecordError, SchemeError
 from divergent_tokens.models import load_model, outline_model
@@ -198,6 +199,35 @@ def test_shards_with_an_index(bases, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == found.size_bytes
+    assert_as_planned(bases("llama"), tmp_path / "out")
+
+
+def test_what_is_written_is_let_go_of(bases, tmp_path, monkeypatch):
+    """Tensors wait for their shard, the largest in room of their own, and nobody else has them."""
+    told, room = [], []
+
+    def noted(modules, dense):
+        told.extend(modules.values())
+        return quantization_config(modules, dense)
+
+    def saved(tensors, *arguments):
+        room.append(
+            sum(
+                {
+                    t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in tensors.values()
+                }.values()
+            )
+        )
+        save_file(tensors, *arguments)
+
+    monkeypatch.setattr(checkpoint, "quantization_config", noted)
+    monkeypatch.setattr(checkpoint, "save_file", saved)
+    monkeypatch.setattr(checkpoint, "_SLAB_BYTES", 2_000)
+    write(bases("llama"), "int8", tmp_path / "out", shard_bytes=40_000)
+    assert len(told) == 14
+    assert not any(packed.tensors for packed in told)
+    assert max(room) < 2 * 40_000
     assert_as_planned(bases("llama"), tmp_path / "out")
 
 

@@ -36,6 +36,9 @@ from divergent_tokens.store import clear_disk_errors, replacing_folder
 PLAN = "plan.json"
 SHARD_BYTES = 5 * 10**9
 """The most that one file of weights holds, and that is in memory at once."""
+_SLAB_BYTES = 64 * 2**20
+"""Tensors that wait to be written lie in stretches of this size, or larger if they are."""
+_ALIGNED_BYTES = 16
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", PLAN, "adapter_*", "*_loading_report*")
 
@@ -218,7 +221,7 @@ class _Source:
         self.dtype = dtype or self._stored_dtype(found[0])
         self.components = tuple(replace(component, dtype=self.dtype) for component in found)
         self.packed: dict[str, Packed] = {}
-        """By module, as they are made."""
+        """By module, as they are made; their settings alone."""
         self.base_size_bytes = 0
 
     def _stored_dtype(self, component: Component) -> torch.dtype:
@@ -283,7 +286,7 @@ class _Source:
             ((component, place),) = held
             matrix = component_view(tensor, place).contiguous()
             packed = schemes[component.name].packed(matrix, component)
-            self.packed[component.name] = packed
+            self.packed[component.name] = replace(packed, tensors={})  # they are on their way
             module = name.removesuffix(".weight")
             for part, piece in packed.tensors.items():
                 yield f"{module}.{part}", piece
@@ -317,6 +320,8 @@ class _Shards:
         self._folder, self._most_bytes = folder, most_bytes
         self._tensors: dict[str, Tensor] = {}
         self._n_bytes = 0
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slab_used = 0
         self._where: list[list[str]] = []
         """Tensor names of each file."""
         self.size_bytes = 0
@@ -329,7 +334,7 @@ class _Shards:
         n_bytes = tensor.numel() * tensor.itemsize
         if self._tensors and self._n_bytes + n_bytes > self._most_bytes:
             self._write()
-        self._tensors[name] = tensor.contiguous()
+        self._tensors[name] = self._copied(tensor)
         self._n_bytes += n_bytes
 
     def finish(self) -> None:
@@ -353,6 +358,20 @@ class _Shards:
             text = json.dumps(index, indent=2) + "\n"
             (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """The tensor among the others that wait.
+
+        Where it was made it would lie between large temporaries, and the system would get none of
+        their room back: several times the shard.
+        """
+        n_bytes = tensor.numel() * tensor.itemsize
+        start = -(-self._slab_used // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        if start + n_bytes > len(self._slab):
+            self._slab, start = torch.empty(max(n_bytes, _SLAB_BYTES), dtype=torch.uint8), 0
+        self._slab_used = start + n_bytes
+        room = self._slab[start : self._slab_used].view(tensor.dtype)
+        return room.view(tensor.shape).copy_(tensor)
+
     def _write(self) -> None:
         path = self._unnamed(len(self._where))
         path.touch()
@@ -362,7 +381,7 @@ class _Shards:
         path.chmod(mode)
         self._where.append(list(self._tensors))
         self.size_bytes += self._n_bytes
-        self._tensors, self._n_bytes = {}, 0
+        self._tensors, self._n_bytes, self._slab_used = {}, 0, 0
 
     def _unnamed(self, i: int) -> Path:
         return self._folder / f"part-{i}"
