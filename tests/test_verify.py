@@ -120,9 +120,15 @@ def test_other_plans_and_architectures(place, tmp_path, architecture, scheme, op
     assert (found.to_json()["passed"], found.worst) == (True, None)
 
 
-def test_in_bfloat16(place, tmp_path):
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4"])
+def test_in_bfloat16(place, tmp_path, scheme):
     folder = base_of(place, dtype=torch.bfloat16)
-    assert failed(verified(folder, written(folder, tmp_path / "out", "nvfp4"), "bfloat16")) == {}
+
+    def in_groups(component):
+        return scheme if component.shape[1] % 32 == 0 else None
+
+    out = written(folder, tmp_path / "out", in_groups)
+    assert failed(verified(folder, out, "bfloat16")) == {}
 
 
 @pytest.mark.skipif(find_spec("llmcompressor") is None, reason="llm-compressor is not installed")

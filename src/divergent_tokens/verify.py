@@ -329,7 +329,9 @@ def _settings(weights: CheckpointWeights, plan: Plan, packable: Sequence[Compone
             wanted[str(scheme)] = scheme.packed(some, component).settings
         found = weights.settings(component)
         for part in ("weights", "input_activations", "format"):
-            there, planned = getattr(found, part), getattr(wanted[str(scheme)], part)
+            there, planned = (
+                said.model_dump(mode="json").get(part) for said in (found, wanted[str(scheme)])
+            )  # as a file says it: what follows from the rest is not in there
             if there != planned:
                 return Check(
                     "settings",
