@@ -26,7 +26,7 @@ import tiny
 from divergent_tokens import gguf_files
 from divergent_tokens.errors import ModelError
 from divergent_tokens.fingerprints import file_digest
-from divergent_tokens.models import Model, check_same_vocabulary, load_model
+from divergent_tokens.models import Model, check_same_vocabulary, load_model, outline_model
 
 
 def save(folder: Path, architecture: str = "llama", **options: Any) -> Path:
@@ -1035,3 +1035,36 @@ def test_other_rules_with_the_same_tokens_are_seen(base: Model) -> None:
 def test_other_padding_of_the_rows_is_named(base: Model) -> None:
     with pytest.raises(ModelError, match=r"padded to different numbers of rows: 256 .* and 293 in"):
         check_same_vocabulary(base, model_with("llama-padded"))
+
+
+# Outlines
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_an_outline_is_the_same_model_without_its_numbers(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = save(tmp_path / "saved", **options)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    outline, model = outline_model(folder), load_model(folder)
+    assert outline.fingerprint == model.fingerprint
+    assert all(tensor.is_meta for tensor in outline.network.state_dict().values())
+    shapes = {name: tensor.shape for name, tensor in model.network.state_dict().items()}
+    assert {n: tensor.shape for n, tensor in outline.network.state_dict().items()} == shapes
+    assert outline.config == json.loads((folder / "config.json").read_text())
+
+
+def test_the_outline_of_a_gguf_is_that_of_its_dense_copy(gguf_path: Path, tmp_path: Path) -> None:
+    outline = outline_model(gguf_path, cache=tmp_path)
+    assert outline.fingerprint == load_model(gguf_path, cache=tmp_path).fingerprint
+    assert outline.folder == tmp_path / "gguf-dense-1" / outline.fingerprint
+    assert (outline.folder / WEIGHTS).is_file()
+
+
+def test_an_outline_is_refused_as_the_model_is(copy: Path) -> None:
+    (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises(ModelError, match="truncated or corrupt"):
+        outline_model(copy)
+    change_config(copy, model_type="bert")
+    with pytest.raises(ModelError, match="expected a decoder-only language model"):
+        outline_model(copy)
