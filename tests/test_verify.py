@@ -15,7 +15,7 @@ import tiny
 from divergent_tokens.calibrated import ready_schemes
 from divergent_tokens.compress.checkpoint import write_checkpoint
 from divergent_tokens.compress.components import find_components
-from divergent_tokens.compress.plan import uniform_plan
+from divergent_tokens.compress.plan import size_bytes, uniform_plan
 from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import RecordError
@@ -51,7 +51,10 @@ def written(folder, out, scheme, **options):
         "model_type": model_type,
         "config": {},
     }
-    file = PlanFile(base, {k: v for k, v in schemes.items() if v}, 1, 2)
+    texts = {name: text for name, text in schemes.items() if text}
+    plan = PlanFile(base, texts, 0, 0).plan()
+    whole = sum(component.base_size_bytes for component in components)
+    file = PlanFile(base, texts, size_bytes(plan, components), whole)
     write_checkpoint(outline, file, out, **options)
     return out
 
@@ -87,7 +90,9 @@ def test_all_is_as_planned_and_said_in_the_form_of_the_schema(place, int8):
         "loads",
         "keys",
         "weights",
+        "tokenizer",
         "config",
+        "files",
         "settings",
         "sizes",
         "divergence",

@@ -6,7 +6,7 @@ from pathlib import Path
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.gptq import Codes, Gptq, check_installed, round_by_gptq
-from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.plan import Plan, check_sources
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.errors import PromptError
 from divergent_tokens.measure.documents import read_documents
@@ -18,7 +18,15 @@ N_TEXTS, MOST_TOKENS = 128, 512
 
 
 def read_calibration(source: str, base: Model) -> Calibration:
-    """The first documents of a source, each up to so many tokens."""
+    """The first documents of a source, each up to so many tokens.
+
+    Raises PromptError for a source that is not there or holds no text.
+    """
+    if source == "self":
+        raise PromptError(
+            "what the base draws itself is not calibrated on; expected --calibration builtin, a "
+            "file that ends in .txt, .jsonl or .parquet, or hf:DATASET"
+        )
     rows = []
     for document in read_documents(source):
         ids = base.tokenizer(document.text, verbose=False)["input_ids"][:MOST_TOKENS]
@@ -44,7 +52,8 @@ def ready_schemes(
     if not any(scheme.needs_codes for scheme in schemes):
         return tuple(schemes)
     pairs = [(component, scheme) for scheme in schemes for component in components]
-    codes = _codes(base, pairs, source=source, cache=cache, progress=progress)
+    calibration, codes = _opened(base, source, cache)
+    _make(base, pairs, calibration, codes, progress)
     return tuple(scheme.bound(codes) if scheme.needs_codes else scheme for scheme in schemes)
 
 
@@ -57,26 +66,35 @@ def ready_plan(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """The plan, with codes for its components where their schemes need them."""
+    """The plan, with codes for its components where their schemes need them.
+
+    Raises SchemeError for another calibration than the one that the plan was chosen with.
+    """
     named = {component.name: component for component in components}
     pairs = [(named[n], scheme) for n, scheme in plan.schemes.items() if n in named]
     if not any(scheme.needs_codes for _, scheme in pairs):
         return plan
-    codes = _codes(base, pairs, source=source, cache=cache, progress=progress)
-    return plan.bound(codes)
+    calibration, codes = _opened(base, source, cache)
+    bound = plan.bound(codes)
+    check_sources(bound)
+    _make(base, pairs, calibration, codes, progress)
+    return bound
 
 
-def _codes(
+def _opened(base: Model, source: str, cache: Path | None) -> tuple[Calibration, Codes]:
+    """What is calibrated on, and where its codes lie or will lie."""
+    calibration = read_calibration(source, base)
+    return calibration, Codes(cache or default_cache(), base.fingerprint, calibration.digest)
+
+
+def _make(
     base: Model,
     pairs: Sequence[tuple[Component, Scheme]],
-    *,
-    source: str,
-    cache: Path | None,
+    calibration: Calibration,
+    codes: Codes,
     progress: Progress,
-) -> Codes:
-    """The codes of all pairs that need them; what was made before is not made again."""
-    calibration = read_calibration(source, base)
-    codes = Codes(cache or default_cache(), base.fingerprint, calibration.digest)
+) -> None:
+    """Make the codes that the pairs need; what was made before is not made again."""
     wanted: dict[Component, list[Gptq]] = {}
     for component, scheme in pairs:
         for step in scheme.steps:
@@ -92,4 +110,3 @@ def _codes(
         for step in wanted[component]:
             codes.write(str(step), component, round_by_gptq(weight, moment, step.grid))
         progress("gptq", done + 1, len(wanted), "components")
-    return codes

@@ -13,48 +13,28 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
-from divergent_tokens import model_files, reload
+from divergent_tokens import reload
 from divergent_tokens.calibrated import ready_plan
 from divergent_tokens.candidates import lent_candidates, model_candidates
-from divergent_tokens.compress.absmax import AbsMax
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.checkpoint import PLAN
-from divergent_tokens.compress.checkpoint_weights import CheckpointWeights
+from divergent_tokens.compress.checkpoint_checks import Check, check_files, read_config
 from divergent_tokens.compress.components import Component, component_view, find_components
 from divergent_tokens.compress.couplings import Coupling
-from divergent_tokens.compress.gptq import Gptq
 from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, read_plan
-from divergent_tokens.compress.quantize import scale_dtype
-from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.compress.servers import problems
-from divergent_tokens.errors import DivergentTokensError, ModelError
-from divergent_tokens.fingerprints import VOLATILE_CONFIG_KEYS
+from divergent_tokens.errors import DivergentTokensError, ModelError, PromptError
 from divergent_tokens.measure.comparison import Comparison, compare, versions
+from divergent_tokens.measure.completions import check_positions
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.models import Model
-from divergent_tokens.sensitivities import ROUNDING_FACTOR
+from divergent_tokens.sensitivities import ROUNDING_FACTOR, read_sensitivities
 
 SCHEMA = "divergent-tokens/verification/1"
-SIZE_TOLERANCE = 0.02
-"""Of the planned bytes of the packed components."""
 MEMORY, RELOADED = "in memory", "reloaded"
-_SHAPE_BYTES = 16
-"""Two integers beside packed codes."""
-_NEW_KEYS = {"quantization_config"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that must be true of a checkpoint."""
-
-    name: str
-    passed: bool
-    found: str
-    """What is wrong, or how much was looked at."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +49,8 @@ class Verification:
     """The component that differs most from its plan, and by how much: ‖difference‖ / ‖planned‖."""
     comparison: Comparison | None
     """The base against the plan in memory and the reloaded checkpoint; None if none was loaded."""
+    overlap: int | None
+    """Of the prompts of the comparison, how many chose the plan; None if that is not known."""
     servers: dict[str, tuple[str, ...]]
     """What each of them would not load rightly, by rule."""
     command: tuple[str, ...] = ()
@@ -105,7 +87,9 @@ class Verification:
                 "component": self.worst[0],
                 "difference": self.worst[1] if math.isfinite(self.worst[1]) else None,
             },
-            "measured": None if self.comparison is None else _measured_json(self.comparison),
+            "measured": None
+            if self.comparison is None
+            else _measured_json(self.comparison) | {"overlap": self.overlap},
             "servers": {name: list(found) for name, found in self.servers.items()},
         }
 
@@ -158,8 +142,8 @@ def verify(
             checks.append(_weights(differences, len(components)))
             worst = max(differences.items(), key=lambda item: item[1], default=None)
     loads = all(check.passed for check in checks[:1])
-    checks.append(_config(folder, base))
-    checks += _packing(folder, plan, components)
+    checks.append(_surroundings(report, base))
+    checks += check_files(folder, base, file, plan, components)
     comparison = None
     if loads:
         comparison, check = _divergence(
@@ -177,7 +161,7 @@ def verify(
             worst=worst,
         )
         checks.append(check)
-    dense = not _read_config(folder).get("quantization_config")
+    dense = not read_config(folder).get("quantization_config")
     servers = {
         str(target): ()
         if dense
@@ -185,8 +169,29 @@ def verify(
         for target in Coupling
     }
     return Verification(
-        folder, base, file, tuple(checks), worst, comparison, servers, tuple(command)
+        folder,
+        base,
+        file,
+        tuple(checks),
+        worst,
+        comparison,
+        _overlap(file, prompts),
+        servers,
+        tuple(command),
     )
+
+
+def _overlap(file: PlanFile, prompts: PromptSet) -> int | None:
+    """How many of the prompts the plan was chosen on; None if its sweep is not at hand."""
+    try:
+        sweep = next(s["sweep"] for s in reversed(file.trail) if s["step"] == "search")
+        chosen_on = read_sensitivities(Path(sweep["file"]))
+        if chosen_on.run["prompts"]["digest"] != sweep["prompts"]:
+            return None  # another sweep lies there now
+    except (StopIteration, KeyError, TypeError, DivergentTokensError):
+        return None
+    digests = {prompt.digest for prompt in chosen_on.prompts}
+    return sum(prompt.digest in digests for prompt in prompts.prompts)
 
 
 # --- reloaded ---
@@ -198,9 +203,14 @@ def _reload(folder: Path, place: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         found: dict[str, Any] = json.loads((place / "report.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         last = " ".join(done.stderr.split())[-400:]
-        return {"error": f"the process ended with {done.returncode}: {last}"}
+        raise ModelError(
+            f"the process that reloads {folder} ended with {done.returncode} before it could say "
+            f"what it found ({last or 'nothing was said'}); expected memory for the whole model in "
+            f"{place.parent}, on disk, and as much again to run it: free some room (TMPDIR names "
+            "another place)"
+        ) from error
     return found
 
 
@@ -212,6 +222,24 @@ def _loading(report: dict[str, Any]) -> Iterator[Check]:
     wrong = {kind: report[kind] for kind in ("missing", "unexpected", "mismatched") if report[kind]}
     said = "; ".join(f"{len(keys)} {kind}: {keys[0]}" for kind, keys in wrong.items())
     yield Check("keys", not wrong, said or "none missing, unexpected or of another shape")
+
+
+def _surroundings(report: dict[str, Any], base: Model) -> Check:
+    """Whether text becomes tokens, and goes on, as with the base."""
+    said = report["tokenizer"]
+    if isinstance(said, str):
+        return Check("tokenizer", False, said)
+    own = reload.tokenizer_parts(base.tokenizer)
+    wrong = [f"other {part} than the base's" for part in own if said[part] != own[part]]
+    wanted = reload.generation_settings(base.network)
+    there = report.get("generation", wanted)  # not there if nothing was loaded
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            wrong.append(
+                f"the generation config has {name} {there.get(name)!r}, the base's "
+                f"{wanted.get(name)!r}"
+            )
+    return Check("tokenizer", not wrong, "; ".join(wrong) or "as the base's, the template too")
 
 
 # --- weights ---
@@ -230,27 +258,36 @@ def _differences(
         there = set(file.keys())
         for name, wanted in planned.network.state_dict().items():
             if name not in there:
-                found[name] = float("inf")
+                found[name] = math.inf
                 continue
             loaded, wanted = file.get_tensor(name), wanted.cpu()
-            if loaded.dtype == wanted.dtype and torch.equal(loaded, wanted):
+            if _same_bits(loaded, wanted):
                 continue
             parts = held.get(name, [])
             if loaded.shape != wanted.shape or not parts:
                 found[name] = _relative(loaded, wanted)
             for component in parts if loaded.shape == wanted.shape else ():
                 one = component_view(loaded, component), component_view(wanted, component)
-                if one[0].dtype != one[1].dtype or not torch.equal(*one):
+                if not _same_bits(*one):
                     found[component.name] = _relative(*one)
     return found
 
 
+def _same_bits(found: Tensor, wanted: Tensor) -> bool:
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return False
+    first, second = (one.contiguous().reshape(-1).view(torch.uint8) for one in (found, wanted))
+    return torch.equal(first, second)
+
+
 def _relative(found: Tensor, wanted: Tensor) -> float:
+    """‖difference‖ / ‖planned‖; infinite where that is no number."""
     if found.shape != wanted.shape:
-        return float("inf")
+        return math.inf
     size = float(wanted.double().norm())
     difference = float((found.double() - wanted.double()).norm())
-    return difference / size if size else difference
+    by = difference / size if size else difference
+    return by if math.isfinite(by) else math.inf
 
 
 def _weights(differences: dict[str, float], n_components: int) -> Check:
@@ -259,87 +296,6 @@ def _weights(differences: dict[str, float], n_components: int) -> Check:
     name, by = max(differences.items(), key=lambda item: item[1])
     more = f" ({len(differences)} differ)" if len(differences) > 1 else ""
     return Check("weights", False, f"{name} differs most from its plan, by {by:.2g}{more}")
-
-
-# --- files ---
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return model_files.read_config(folder, str(folder))
-    except ModelError:
-        return {}
-
-
-def _config(folder: Path, base: Model) -> Check:
-    """Whether config.json says of the network what the base's does."""
-    try:
-        model_files.read_config(folder, str(folder))
-        config = AutoConfig.from_pretrained(folder).to_dict()
-    except (ModelError, OSError, ValueError, TypeError, KeyError) as error:
-        return Check("config", False, " ".join(str(error).split())[:400])
-    own = base.network.config.to_dict()
-    skipped = VOLATILE_CONFIG_KEYS | _NEW_KEYS
-    keys = sorted((config.keys() | own.keys()) - skipped)
-    for key in keys:
-        if config.get(key) != own.get(key):
-            return Check(
-                "config", False, f"{key} is {config.get(key)!r}, in the base {own.get(key)!r}"
-            )
-    return Check("config", True, f"{len(keys)} keys as in the base")
-
-
-def _packing(folder: Path, plan: Plan, components: Sequence[Component]) -> Iterator[Check]:
-    """Whether the codes are read as the plan has them, and take the room that it promised."""
-    try:
-        weights = CheckpointWeights(folder, str(folder))
-        if weights.is_dense:
-            return
-        planned = [c for c in components if c.name in plan.schemes]
-        packable = [c for c in planned if plan.schemes[c.name].is_packable]
-        yield _settings(weights, plan, packable)
-        found = sum(map(weights.size_bytes, packable))
-    except DivergentTokensError as error:
-        yield Check("settings", False, str(error))
-        return
-    wanted = sum(plan.schemes[component.name].size_bytes(component) for component in packable)
-    layout = sum(_layout_bytes(plan.schemes[component.name], component) for component in packable)
-    by = (found - layout) / wanted - 1 if wanted else 0.0
-    said = f"{found} bytes in codes, {wanted} planned and {layout} of the format's own ({by:+.2%})"
-    yield Check("sizes", abs(by) <= SIZE_TOLERANCE, said)
-
-
-def _layout_bytes(scheme: Scheme, component: Component) -> int:
-    """What the format adds to codes and scales: a shape, and one scale repeated by channel."""
-    step = scheme.steps[-1]
-    step = step.grid if isinstance(step, Gptq) else step
-    if not isinstance(step, AbsMax):
-        return 0
-    repeated = component.shape[0] - 1 if step.granularity == "tensor" else 0
-    return _SHAPE_BYTES + repeated * scale_dtype(component.dtype).itemsize
-
-
-def _settings(weights: CheckpointWeights, plan: Plan, packable: Sequence[Component]) -> Check:
-    """Whether the config has the settings that each scheme's codes were made with."""
-    wanted: dict[str, Any] = {}
-    for component in packable:
-        scheme = plan.schemes[component.name]
-        if str(scheme) not in wanted:
-            some = torch.ones(component.shape, dtype=component.dtype)
-            wanted[str(scheme)] = scheme.packed(some, component).settings
-        found = weights.settings(component)
-        for part in ("weights", "input_activations", "format"):
-            there, planned = (
-                said.model_dump(mode="json").get(part) for said in (found, wanted[str(scheme)])
-            )  # as a file says it: what follows from the rest is not in there
-            if there != planned:
-                return Check(
-                    "settings",
-                    False,
-                    f"quantization_config has other {part} for {component.name} than its plan, "
-                    f"{scheme}",
-                )
-    return Check("settings", True, f"of {len(wanted)} schemes as planned")
 
 
 # --- what it writes ---
@@ -363,7 +319,9 @@ def _divergence(
         lent = lent_candidates(base, {MEMORY: plan}, components)
         candidates = {MEMORY: lent[MEMORY], RELOADED: loaded[str(folder)]}
         comparison = compare(base, candidates, prompts, **options)
-    except ModelError as error:
+    except (ModelError, PromptError) as error:
+        if isinstance(error, PromptError):  # the base's own fault, unless it has room for them
+            check_positions(base, prompts, options["new_tokens"])
         return None, Check("divergence", False, str(error))
     pairs = zip(*(candidate.rows for candidate in comparison.candidates), strict=True)
     nats = [(abs((a.kl or 0.0) - (b.kl or 0.0)), a.n_tokens) for a, b in pairs]
@@ -375,5 +333,5 @@ def _divergence(
     )
     if difference <= floor:
         return comparison, Check("divergence", True, said)
-    most = worst[0] if worst else "no weight, so that inputs are quantized otherwise"
+    most = worst[0] if worst else "no weight, so that inputs are quantized or used otherwise"
     return comparison, Check("divergence", False, f"{said}; what differs most: {most}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.errors import ModelError
 
 ROOM_BYTES = 2 * 2**30
 """Moments that are collected in one reading of the text; more take several readings."""
@@ -40,12 +41,23 @@ def second_moments(
     """Each component with Σ x xᵀ [in, in] over all tokens that go into it, float32.
 
     The components are modules of their own. Those that are given the very same inputs, q, k and v
-    say, share one moment.
+    say, share one moment. It is zero where nothing goes in: an expert that no token is sent to.
+
+    Raises ModelError, naming the component, for inputs that are not finite.
     """
     for block in _blocks(components):
         moments = _collected(network, block, calibration)
         for component in block:
-            yield component, moments.pop(component.name)
+            moment = moments.pop(component.name, None)
+            if moment is None:
+                n_in = component.shape[1]
+                moment = torch.zeros(n_in, n_in, device=network.device)
+            if not bool(moment.isfinite().all()):
+                raise ModelError(
+                    f"what goes into {component.name} is not finite on {calibration.source}; run "
+                    "the model in another --dtype (float16 overflows where bfloat16 does not)"
+                )
+            yield component, moment
 
 
 def _blocks(components: Sequence[Component]) -> Iterator[list[Component]]:
@@ -90,4 +102,5 @@ def _collected(
         for row in calibration.rows:
             network.base_model(torch.tensor([row], device=network.device), use_cache=False)
             last.clear()
-    return {c.name: moments[same_as.get(c.name, c.name)] for c in components}
+    owners = {c.name: same_as.get(c.name, c.name) for c in components}
+    return {name: moments[owner] for name, owner in owners.items() if owner in moments}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -297,20 +297,24 @@ class _Source:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(self.dtype).removeprefix("torch.")
         if not dense and self.packed:
-            config["quantization_config"] = quantization_config(self.packed, self._left_dense())
+            left = left_dense(self.base.network, self.components, self.packed)
+            config["quantization_config"] = quantization_config(self.packed, left)
         return config
 
-    def _left_dense(self) -> list[str]:
-        """What has a matrix and keeps it, routers and experts too: servers want to be told."""
-        modules = [
-            name
-            for name, module in self.base.network.named_modules()
-            if isinstance(weight := getattr(module, "weight", None), Tensor)
-            and weight.ndim == 2
-            and not isinstance(module, nn.Embedding)
-        ]
-        experts = [component.name for component in self.components if component.expert is not None]
-        return [name for name in (*modules, *experts) if name not in self.packed]
+
+def left_dense(
+    network: nn.Module, components: Sequence[Component], packed: Container[str]
+) -> list[str]:
+    """What has a matrix and keeps it, routers and experts too: servers want to be told."""
+    modules = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.ndim == 2
+        and not isinstance(module, nn.Embedding)
+    ]
+    experts = [component.name for component in components if component.expert is not None]
+    return [name for name in (*modules, *experts) if name not in packed]
 
 
 class _Shards:

@@ -106,6 +106,10 @@ class CheckpointWeights:
         """One tensor as the file has it."""
         return self._tensor(name)
 
+    def dtype(self, name: str) -> str:
+        """Of one tensor, as safetensors calls it: BF16, F8_E4M3, I32."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
     def place(self, component: Component) -> tuple[str, Component] | None:
         """The tensor of a dense checkpoint that holds it, and the component as it lies in there.
 
@@ -127,6 +131,13 @@ class CheckpointWeights:
         if scheme.format is None and packing is not None:
             scheme = scheme.model_copy(update={"format": packing.format})
         return scheme
+
+    def coded_shape(self, component: Component) -> tuple[int, ...]:
+        """The component's by its codes, whatever is done to its inputs. [out, in]"""
+        module = self._module(component)
+        if module is None or not self._is_packed(module):
+            raise self._error(f"does not hold {component.name} in codes")
+        return self._packed_shape(module)
 
     def size_bytes(self, component: Component) -> int:
         """Codes, scales and zero points; dense weights count 16 bits at most."""
@@ -191,20 +202,16 @@ class CheckpointWeights:
     def _sizes(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def _dtype(self, name: str) -> str:
-        """As safetensors calls it: BF16, F8_E4M3, I32."""
-        return str(self._files[name].get_slice(name).get_dtype())
-
     def _check_floats(self, name: str) -> None:
-        if not self._dtype(name).startswith(("F", "BF")):
+        if not self.dtype(name).startswith(("F", "BF")):
             raise self._error(
-                f"holds {name} as {self._dtype(name)}, without a scale; expected floating numbers"
+                f"holds {name} as {self.dtype(name)}, without a scale; expected floating numbers"
             )
 
     def _item_bytes(self, name: str) -> int:
         if name not in self._files:  # transformers makes it of several
             return 2
-        bits = re.search(r"\d+", self._dtype(name))
+        bits = re.search(r"\d+", self.dtype(name))
         return int(bits[0]) // 8 if bits else 2
 
     def _n_bytes(self, name: str) -> int:
@@ -228,9 +235,9 @@ class CheckpointWeights:
     def _read_packing(self) -> QuantizationConfig | None:
         """How the weights are packed; None if they are dense."""
         found = self._config.get("quantization_config") or {}
-        method = found.get("quant_method")
         if not found:
             return None
+        method = found.get("quant_method") if isinstance(found, dict) else found
         if method != "compressed-tensors":
             raise self._error(
                 f"keeps its weights in the format {method!r}, which is not read here; expected "

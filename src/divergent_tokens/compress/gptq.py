@@ -160,7 +160,9 @@ def check_installed() -> None:
 def round_by_gptq(weight: Tensor, moment: Tensor, grid: AbsMax) -> Quantized:
     """Codes of a [out, in] matrix for inputs with the second moment Σ x xᵀ [in, in].
 
-    A column without inputs is rounded to nearest; 1 % of the mean diagonal is added to all.
+    A column without inputs is rounded to nearest, where llm-compressor would make it zero: text
+    that was not calibrated on may use it. 1 % of the mean diagonal is added to all; where that is
+    not enough to invert the moment, the whole matrix is rounded to nearest, as by llm-compressor.
     """
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
@@ -169,8 +171,11 @@ def round_by_gptq(weight: Tensor, moment: Tensor, grid: AbsMax) -> Quantized:
     groups = values.reshape(len(values), -1, args.group_size or values.shape[1])
     scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     scales = scales.to(scale_dtype(weight.dtype)).float()
+    moment = moment.float().clone()
+    diagonal = moment.diagonal()
+    diagonal[diagonal == 0] = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     rounded = quantize_weight(
-        values[None].clone(), moment.float()[None].clone(), scales[None], zeros[None], None, args
+        values[None].clone(), moment[None], scales[None], zeros[None], None, args
     )[0][0]
     steps = rounded.reshape(groups.shape) / scales[..., None] + zeros[..., None].float()
     return Quantized(

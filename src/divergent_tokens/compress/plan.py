@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.gptq import Codes
@@ -15,6 +15,8 @@ class Plan:
     """Component name -> scheme; what is not named stays as the base has it."""
 
     schemes: Mapping[str, Scheme]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """What a scheme (its text) read besides the base when the plan was chosen: its `source`."""
 
     @property
     def name(self) -> str:
@@ -31,12 +33,15 @@ class Plan:
             name: scheme.bound(codes) if scheme.needs_codes else scheme
             for name, scheme in self.schemes.items()
         }
-        return Plan(schemes)
+        return replace(self, schemes=schemes)
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of all names and schemes, in the order of the names."""
-        lines = sorted(f"{name}\t{scheme}\n" for name, scheme in self.schemes.items())
+        """SHA-256 in hex of all names, schemes and what these read, in the order of the names."""
+        lines = sorted(
+            "\t".join(filter(None, (name, str(scheme), scheme.source))) + "\n"
+            for name, scheme in self.schemes.items()
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -48,8 +53,8 @@ def uniform_plan(components: Iterable[Component], scheme: Scheme) -> Plan:
 def check_plan(plan: Plan, components: Sequence[Component]) -> tuple[Component, ...]:
     """The components that the plan changes, in the order given.
 
-    Raises SchemeError for a name that is not among `components`, and for a scheme that does not
-    fit its component.
+    Raises SchemeError for a name that is not among `components`, for a scheme that does not fit
+    its component, and for one that reads something else now than when the plan was chosen.
     """
     by_name = {component.name: component for component in components}
     unknown = [name for name in plan.schemes if name not in by_name]
@@ -63,7 +68,26 @@ def check_plan(plan: Plan, components: Sequence[Component]) -> tuple[Component, 
         groups.setdefault(scheme, []).append(by_name[name])
     for scheme, members in groups.items():
         scheme.check(members)
+    check_sources(plan)
     return tuple(component for component in components if component.name in plan.schemes)
+
+
+def check_sources(plan: Plan) -> None:
+    """Raise SchemeError if a scheme reads something else now than when the plan was chosen.
+
+    What would come out is not what was measured then. Codes that are not at hand yet read nothing.
+    """
+    for text, chosen in plan.sources.items():
+        scheme = next((s for s in plan.schemes.values() if str(s) == text), None)
+        now = None if scheme is None else scheme.source
+        if scheme is None or now is None or now == chosen:
+            continue
+        what = "--calibration" if scheme.needs_codes else "the files of its donor"
+        raise SchemeError(
+            f"{text} is made from other data now ({now[:12]}…) than when the plan was "
+            f"chosen ({chosen[:12]}…), so what was measured does not hold; give {what} as they "
+            "were for dtm sweep, or sweep and search again"
+        )
 
 
 def size_bytes(plan: Plan, components: Iterable[Component]) -> int:

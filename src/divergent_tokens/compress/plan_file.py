@@ -43,7 +43,7 @@ class PlanFile:
                 schemes[name] = parse_scheme(text)
             except SchemeError as error:
                 raise SchemeError(f"{name}: {error}") from error
-        return Plan(schemes)
+        return Plan(schemes, _sources(self.trail))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values in the form of the JSON Schema that comes with the package."""
@@ -164,6 +164,17 @@ def _trail(record: Mapping[str, Any], path: Path) -> Sequence[Mapping[str, Any]]
         if not isinstance(step, dict) or not isinstance(step.get("step"), str):
             raise _wrong(path, "trail", step, "steps with a name under 'step'")
     return tuple(trail)
+
+
+def _sources(trail: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the schemes of the sweep that a plan was chosen from read, as far as the trail says."""
+    found: dict[str, str] = {}
+    for step in trail:
+        sweep = step.get("sweep")
+        sources = sweep.get("sources") if isinstance(sweep, Mapping) else None
+        if isinstance(sources, Mapping):
+            found.update((str(scheme), str(source)) for scheme, source in sources.items())
+    return found
 
 
 def _wrong(path: Path, name: str, found: object, expected: str) -> RecordError:

@@ -5,8 +5,7 @@ The decisions are ours, the arithmetic is theirs: a scale that they fit otherwis
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -46,8 +45,14 @@ class Recipe:
 def recipe(file: PlanFile, tool: Tool) -> Recipe:
     """The plan's decisions as that tool reads them.
 
-    Raises SchemeError, naming a component, for a scheme that the tool has no setting for.
+    Raises SchemeError, naming a component, for what the tool has no setting for or would leave
+    undone in silence, and for a plan of nothing.
     """
+    if not file.components:
+        raise SchemeError(
+            f"the plan leaves every component as it is, and {tool} has nothing to do; search one "
+            "with a smaller budget"
+        )
     return _RECIPES[tool](file.plan().schemes, file)
 
 
@@ -70,13 +75,47 @@ def _weights_only(name: str, scheme: Scheme, tool: Tool, takes: str) -> AbsMax:
     return step
 
 
+def _is_end(name: str) -> bool:
+    """Whether it is the embedding or the head: all else lies in a layer, which has a number."""
+    return not re.search(r"\.\d+\.", name)
+
+
+def _any_of(names: Iterable[str]) -> str:
+    r"""A regular expression for these dotted names and no others: short, for what they share.
+
+    "a.0.q", "a.0.k" and "a.1.q" give r"a\.(?:0\.(?:q|k)|1\.q)".
+    """
+    tails: dict[str, list[str]] = {}
+    for name in names:
+        head, _, tail = name.partition(".")
+        tails.setdefault(head, []).append(tail)
+    heads: dict[str, list[str]] = {}  # what follows -> what it follows
+    for head, rest in tails.items():
+        follows = r"\." + _any_of(rest) if any(rest) else ""
+        heads.setdefault(follows, []).append(re.escape(head))
+    return _either([_either(found) + follows for follows, found in heads.items()])
+
+
+def _either(options: Sequence[str]) -> str:
+    return options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
+
+
 # --- llm-compressor ---
 
+_CONV1D = ("gpt2", "openai-gpt")
+"""Whose layers are no nn.Linear, which is all that llm-compressor looks at."""
 
-def _llm_compressor(schemes: Schemes, _file: PlanFile) -> Recipe:
+
+def _llm_compressor(schemes: Schemes, file: PlanFile) -> Recipe:
     """A modifier with a group for each scheme; its targets are module names."""
+    model_type = file.base["model_type"]
     modifiers: dict[str, dict[str, dict[str, Any]]] = {}
     for name, scheme in schemes.items():
+        if model_type in _CONV1D and not _is_end(name):
+            raise SchemeError(
+                f"llm-compressor passes over {name}, a Conv1D of {model_type}, in silence; export "
+                "to gptqmodel or llama.cpp, or write the plan with dtm compress --dense"
+            )
         if not scheme.is_packable or len(scheme.steps) > 1:
             takes = "intB, w8a8, fp8, mxfp4, nvfp4 and gptq:intB on their own"
             raise _refused(name, scheme, Tool.llm_compressor, takes)
@@ -89,14 +128,16 @@ def _llm_compressor(schemes: Schemes, _file: PlanFile) -> Recipe:
         for kind, groups in modifiers.items()
     }
     content = {"quantization_stage": {"quantization_modifiers": found}}
-    return Recipe(
-        yaml.safe_dump(content, sort_keys=False, width=100),
-        (
-            "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and, for GPTQ, a "
-            "dataset.",
-            "Its scale is max|w| / (2^(B-1) - 1/2) with one code more: another rounding than ours.",
-        ),
-    )
+    notes = [
+        "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and, for GPTQ, a "
+        "dataset.",
+        "Its scale is max|w| / (2^(B-1) - 1/2) with one code more: another rounding than ours.",
+    ]
+    if "int8:tensor" in map(str, schemes.values()):
+        notes.append(
+            "int8:tensor becomes int8, one scale a channel: vLLM takes no weights of one scale."
+        )
+    return Recipe(yaml.safe_dump(content, sort_keys=False, width=100), tuple(notes))
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -120,32 +161,38 @@ def _settings(scheme: Scheme) -> dict[str, Any]:
 
 # --- GPTQModel ---
 
-_GPTQ_BITS = (2, 3, 4, 8)
+_GPTQ_BITS = (2, 3, 4, 8)  # It knows 5 to 7 too, in a format of its own that no server reads.
 _GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def _gptqmodel(schemes: Schemes, _file: PlanFile) -> Recipe:
-    """The most frequent setting for all, `dynamic` for the others, and for what stays."""
-    settings: dict[str, dict[str, Any]] = {}
+    """The most frequent setting for all, and `dynamic`: a pattern for each, and one for the rest.
+
+    `-:` leaves out what it matches, and comes before every `+:` wherever it is written.
+    """
+    settings: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         takes = f"int{'/'.join(map(str, _GPTQ_BITS))}, by channel or in groups, :asym or not"
         step = _weights_only(name, scheme, Tool.gptqmodel, takes)
         group = -1 if step.granularity == "channel" else step.granularity
         if step.bits not in _GPTQ_BITS or group not in (-1, *_GPTQ_GROUPS):
             raise _refused(name, scheme, Tool.gptqmodel, takes)
-        settings[name] = {"bits": step.bits, "group_size": group, "sym": step.symmetric}
-    frequent = Counter(json.dumps(one) for one in settings.values()).most_common(1)
-    default = json.loads(frequent[0][0]) if frequent else {"bits": 4, "group_size": 128}
-    # The first pattern that matches decides, so that what is not planned comes last.
-    dynamic: dict[str, dict[str, Any]] = {
-        f"+:^{re.escape(name)}$": one for name, one in settings.items()
-    }
-    content = {**default, "dynamic": {**dynamic, "-:.*": {}}}
+        if _is_end(name):
+            raise SchemeError(
+                f"gptqmodel quantizes what lies in the layers, and {name} does not; search again "
+                f"with --exclude {name}"
+            )
+        setting = {"bits": step.bits, "group_size": group, "sym": step.symmetric}
+        settings.setdefault(json.dumps(setting), []).append(name)
+    dynamic: dict[str, dict[str, Any]] = {f"-:^(?!{_any_of(schemes)}$)": {}}
+    for text, names in settings.items():
+        dynamic[f"+:^{_any_of(names)}$"] = json.loads(text)
+    frequent = max(settings, key=lambda text: len(settings[text]))
     return Recipe(
-        json.dumps(content, indent=1) + "\n",
+        json.dumps({**json.loads(frequent), "dynamic": dynamic}, indent=1) + "\n",
         (
-            "QuantizeConfig(**json.load(open(FILE))) reads it; what the plan leaves as it is, is "
-            "left out by the last pattern.",
+            "QuantizeConfig(**json.load(open(FILE))) reads it; the pattern with -: leaves out what "
+            "the plan leaves as it is.",
         ),
     )
 
@@ -163,6 +210,7 @@ _GGML: Mapping[tuple[int, bool], str] = {
     (2, True): "q2_K",
 }
 """(bits, symmetric) -> the nearest ggml type."""
+_FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
@@ -179,16 +227,25 @@ def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
                 f"them as {other[0]} and {found}; search again with --couple vllm"
             )
     lines = [f"^{re.escape(tensor)}\\.weight$={found}" for tensor, (found, _) in types.items()]
+    # Some builds take the first line that matches and some the last: this matches no other's.
+    dtype = _FLOATS.get(_dtype(file.base["config"]), "bf16")
+    lines.append(f"^(?!{_any_of(types)}\\.weight$)={dtype}")
     return Recipe(
         "\n".join(lines) + "\n",
         (
-            "llama-quantize --tensor-type-file FILE model-bf16.gguf model.gguf Q8_0 carries it "
-            "out; the last word is the type of what the plan leaves as it is, which llama.cpp does "
-            "not leave.",
+            f"llama-quantize --tensor-type-file FILE model-{dtype}.gguf model.gguf Q8_0 carries "
+            f"it out, after convert_hf_to_gguf.py --outtype {dtype}; the last line keeps what the "
+            "plan leaves as it is.",
             "ggml types have blocks of 32 (K types: 256) whatever the plan's groups; rows that 256 "
             "does not divide get a larger type than a K type.",
         ),
     )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """What a config says that the weights are kept in; empty if it does not."""
+    text = config.get("text_config") or config
+    return str(text.get("dtype") or config.get("dtype") or "")
 
 
 def _ggml_type(name: str, scheme: Scheme) -> str:
@@ -227,6 +284,11 @@ def _modelopt(schemes: Schemes, _file: PlanFile) -> Recipe:
     """A `quant_cfg` as auto_quantize chooses one: all off, then each module's quantizers."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, scheme in schemes.items():
+        if re.search(r"\.experts\.\d+\.", name):
+            raise SchemeError(
+                f"modelopt keeps all experts in one module and has no quantizer by the name of "
+                f"{name}; search again with --exclude '*.experts.*', or export to llm-compressor"
+            )
         for part, settings in _quantizers(name, scheme).items():
             entries.append({"quantizer_name": f"{name}.{part}", "cfg": settings})
     content = {"quant_cfg": entries, "algorithm": "max"}

@@ -69,20 +69,34 @@ def _cell(metrics: Record, name: str) -> tuple[str, str]:
 def notes(record: Record) -> Iterator[str]:
     """What the numbers stand for, and who else loads it."""
     plan = record["plan"]
-    yield (
-        f"The plan takes {percent(plan['size_bytes'] / plan['base_size_bytes'])} of the bytes of "
-        "the components that it chose from."
-    )
+    if plan["base_size_bytes"]:
+        yield (
+            f"The plan takes {percent(plan['size_bytes'] / plan['base_size_bytes'])} of the bytes "
+            "of the components that it chose from."
+        )
     if record["measured"] is not None:
         yield (
             "in memory: the base with the plan applied; reloaded: the folder as transformers loads "
             "it. Both are held against the base's own text."
         )
+        yield from _note_on_overlap(record["measured"])
     for server, found in record["servers"].items():
         if not found:
-            yield f"By rule {server} loads it rightly."
+            yield f"By rule {server} loads such a checkpoint rightly."
         else:
             yield (
                 f"By rule {server} would not load {len(found)} components rightly, the first of "
                 f"them {found[0]}"
             )
+
+
+def _note_on_overlap(measured: Record) -> Iterator[str]:
+    """Whether the plan was chosen on these prompts."""
+    overlap = measured["overlap"]
+    if overlap == 0:
+        yield "None of the prompts measured on was among those that chose the plan."
+    elif overlap is not None:
+        yield (
+            f"{overlap} of the {measured['prompts']['n_prompts']} prompts measured on chose the "
+            "plan too, which flatters both: leave them out with --skip-prompts."
+        )

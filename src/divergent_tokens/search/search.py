@@ -208,4 +208,5 @@ def _sweep_json(sensitivities: "Sensitivities") -> dict[str, Any]:
         "n_prompts": len(sensitivities.prompts),
         "dtype": sensitivities.run["dtype"],
         "rounding_kl": sensitivities.rounding_kl,
+        "sources": dict(sensitivities.run.get("sources", {})),
     }
