@@ -172,8 +172,7 @@ def round_by_gptq(weight: Tensor, moment: Tensor, grid: AbsMax) -> Quantized:
     scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     scales = scales.to(scale_dtype(weight.dtype)).float()
     moment = moment.float().clone()
-    diagonal = moment.diagonal()
-    diagonal[diagonal == 0] = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    moment.diagonal()[moment.diagonal() == 0] = 1.0
     rounded = quantize_weight(
         values[None].clone(), moment[None], scales[None], zeros[None], None, args
     )[0][0]
