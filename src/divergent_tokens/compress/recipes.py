@@ -242,10 +242,12 @@ def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
     )
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
-    """What a config says that the weights are kept in; empty if it does not."""
-    text = config.get("text_config") or config
-    return str(text.get("dtype") or config.get("dtype") or "")
+def _dtype(config: object) -> str:
+    """What a config says that the weights are kept in; 'None' if it does not."""
+    outer = config if isinstance(config, dict) else {}
+    inner = outer.get("text_config")
+    found = inner.get("dtype") if isinstance(inner, dict) else None
+    return str(found or outer.get("dtype"))
 
 
 def _ggml_type(name: str, scheme: Scheme) -> str:
