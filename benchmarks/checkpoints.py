@@ -20,7 +20,9 @@ import tiny
 from divergent_tokens.compress.checkpoint import write_checkpoint
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.couplings import Coupling
+from divergent_tokens.compress.plan import size_bytes, uniform_plan
 from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.models import load_model, outline_model
 from divergent_tokens.quiet import quietly
@@ -85,15 +87,17 @@ def cell(folder: Path, scheme: str, place: Path) -> dict[str, Any]:
 
 def checked(folder: Path, scheme: str, out: Path, **options: Any) -> str:
     outline = outline_model(folder)
-    names = [component.name for component in find_components(outline.network)]
+    components = find_components(outline.network)
     base = {
         "reference": folder.name,
         "fingerprint": outline.fingerprint,
         "model_type": outline.network.config.model_type,
         "config": {},
     }
-    plan = PlanFile(base, dict.fromkeys(names, scheme), 1, 2)
-    write_checkpoint(outline, plan, out, target=Coupling.transformers, **options)
+    plan = uniform_plan(components, parse_scheme(scheme))
+    whole = sum(component.base_size_bytes for component in components)
+    file = PlanFile(base, dict.fromkeys(plan.schemes, scheme), size_bytes(plan, components), whole)
+    write_checkpoint(outline, file, out, target=Coupling.transformers, **options)
     model = load_model(folder, dtype="bfloat16", device="cpu")
     found = verify(out, model, runs.prompts(n=4, length=8), new_tokens=8, batch_size=4)
     failed = [f"{check.name}: {check.found}" for check in found.checks if not check.passed]

@@ -91,6 +91,7 @@ def test_all_is_as_planned_and_said_in_the_form_of_the_schema(place, int8):
         "keys",
         "weights",
         "tokenizer",
+        "generation",
         "config",
         "files",
         "settings",

@@ -142,7 +142,7 @@ def verify(
             checks.append(_weights(differences, len(components)))
             worst = max(differences.items(), key=lambda item: item[1], default=None)
     loads = all(check.passed for check in checks[:1])
-    checks.append(_surroundings(report, base))
+    checks += _surroundings(report, base)
     checks += check_files(folder, base, file, plan, components)
     comparison = None
     if loads:
@@ -224,22 +224,24 @@ def _loading(report: dict[str, Any]) -> Iterator[Check]:
     yield Check("keys", not wrong, said or "none missing, unexpected or of another shape")
 
 
-def _surroundings(report: dict[str, Any], base: Model) -> Check:
-    """Whether text becomes tokens, and goes on, as with the base."""
-    said = report["tokenizer"]
+def _surroundings(report: dict[str, Any], base: Model) -> Iterator[Check]:
+    """Whether text becomes tokens as with the base, and whether `generate` goes on alike."""
+    said, own = report["tokenizer"], reload.tokenizer_parts(base.tokenizer)
     if isinstance(said, str):
-        return Check("tokenizer", False, said)
-    own = reload.tokenizer_parts(base.tokenizer)
-    wrong = [f"other {part} than the base's" for part in own if said[part] != own[part]]
-    wanted = reload.generation_settings(base.network)
-    there = report.get("generation", wanted)  # not there if nothing was loaded
+        yield Check("tokenizer", False, said)
+    else:
+        wrong = [part for part in own if said[part] != own[part]]
+        found = f"other {' and '.join(wrong)} than the base's" if wrong else "as the base's"
+        yield Check("tokenizer", not wrong, found)
+    if report["error"] is not None:
+        return
+    there, wanted = report["generation"], reload.generation_settings(base.network)
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
-            wrong.append(
-                f"the generation config has {name} {there.get(name)!r}, the base's "
-                f"{wanted.get(name)!r}"
-            )
-    return Check("tokenizer", not wrong, "; ".join(wrong) or "as the base's, the template too")
+            found = f"{name} is {there.get(name)!r}, in the base {wanted.get(name)!r}"
+            yield Check("generation", False, found)
+            return
+    yield Check("generation", True, f"{len(wanted)} settings as in the base")
 
 
 # --- weights ---

@@ -11,7 +11,9 @@ import runs
 import tiny
 from divergent_tokens.compress import checkpoint
 from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.plan import size_bytes, uniform_plan
 from divergent_tokens.compress.plan_file import PlanFile, write_plan
+from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.models import outline_model
 
 
@@ -23,7 +25,9 @@ def place(tmp_path_factory):
     rows = [{"text": f"{sentence} {i}"} for i, sentence in enumerate(tiny.SENTENCES * 2)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     outline = outline_model(place / "base")
-    names = [component.name for component in find_components(outline.network)]
+    components = find_components(outline.network)
+    names = [component.name for component in components]
+    whole = sum(component.base_size_bytes for component in components)
     base = {
         "reference": str(place / "base"),
         "fingerprint": outline.fingerprint,
@@ -31,8 +35,11 @@ def place(tmp_path_factory):
         "config": {},
     }
     for scheme in ("int8", "int6", "w8a8"):
-        file = PlanFile(base, dict.fromkeys(names, scheme), 50, 100)
-        write_plan(place / f"{scheme}.json", file)
+        plan = uniform_plan(components, parse_scheme(scheme))
+        size = size_bytes(plan, components)
+        write_plan(
+            place / f"{scheme}.json", PlanFile(base, dict.fromkeys(names, scheme), size, whole)
+        )
     return place
 
 

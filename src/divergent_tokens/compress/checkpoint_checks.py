@@ -224,7 +224,7 @@ def _more_said(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | Non
         ("targets", _targets(found), _targets(wanted)),
     ):
         for name in sorted(there ^ planned):
-            return f"has {name} {'too much' if name in there else 'missing'} among its {kind}"
+            return f"{'names' if name in there else 'does not name'} {name} under {kind}"
     return None
 
 
