@@ -1,8 +1,6 @@
 """GPTQ through llm-compressor: against its own modifier, and kept codes."""
 
 import importlib.util
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,19 +9,13 @@ import runs
 import tiny
 from divergent_tokens.calibrated import read_calibration, ready_plan, ready_schemes
 from divergent_tokens.candidates import lent_candidates
-from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, find_components, weight_of
 from divergent_tokens.compress.gptq import Codes, round_by_gptq, round_to_nearest
-from divergent_tokens.compress.plan import check_plan, uniform_plan
-from divergent_tokens.compress.plan_file import read_plan, write_plan
-from divergent_tokens.compress.quantize import Quantized, dequantize, quantize
+from divergent_tokens.compress.plan import uniform_plan
+from divergent_tokens.compress.quantize import Quantized, dequantize
 from divergent_tokens.compress.schemes import parse_scheme
-from divergent_tokens.errors import ModelError, PromptError, SchemeError
-from divergent_tokens.search.budgets import Budget, Unit
-from divergent_tokens.search.search import search
-from divergent_tokens.sensitivities import read_sensitivities
-from divergent_tokens.sweep import sweep
+from divergent_tokens.errors import ModelError, SchemeError
 
 needs_llm_compressor = pytest.mark.skipif(
     importlib.util.find_spec("llmcompressor") is None, reason="llm-compressor is not installed"
@@ -148,40 +140,6 @@ def test_without_llm_compressor_it_says_what_to_install(tmp_path):
     components = find_components(model.network)
     with pytest.raises(SchemeError, match="pip install llmcompressor"):
         ready_schemes(model, components, [parse_scheme("gptq:int4")], cache=tmp_path)
-
-
-def test_a_plan_is_carried_out_with_the_codes_that_it_was_chosen_with(tmp_path, monkeypatch):
-    """Sweep, search, and then another text: what would be written is not what was measured."""
-    model = runs.model()
-    components = find_components(model.network, include=["*.mlp.*"])
-    (tmp_path / "other.txt").write_text("some other text than the one before\n")
-    monkeypatch.setattr("divergent_tokens.calibrated.check_installed", lambda: None)
-    monkeypatch.setattr(
-        "divergent_tokens.calibrated.round_by_gptq",
-        lambda weight, _moment, grid: quantize(weight, bits=grid.bits),
-    )
-    make = partial(ready_schemes, model, components, [parse_scheme("gptq:int4")], cache=tmp_path)
-    sweep(model, components, make(), runs.prompts(model), tmp_path / "sweep.db", new_tokens=8)
-    found = search(read_sensitivities(tmp_path / "sweep.db"), Budget(Unit.count, 3))
-    write_plan(tmp_path / "plan.json", found.plan_file())
-    plan = read_plan(tmp_path / "plan.json").plan()
-    assert plan.sources == {"gptq:int4": make()[0].source}
-    ready = ready_plan(model, components, plan, cache=tmp_path)
-    with lent_plan(model, ready, components=components):
-        pass
-    other = str(tmp_path / "other.txt")
-    with pytest.raises(SchemeError, match="give --calibration as they were for dtm sweep"):
-        ready_plan(model, components, plan, source=other, cache=tmp_path)
-    (scheme,) = make(source=other)
-    changed = replace(plan, schemes=dict.fromkeys(plan.schemes, scheme))
-    with pytest.raises(SchemeError, match="made from other data now"):
-        check_plan(changed, components)
-    assert changed.digest != ready.digest
-
-
-def test_what_the_base_draws_is_not_calibrated_on():
-    with pytest.raises(PromptError, match="expected --calibration builtin, a file"):
-        read_calibration("self", runs.model())
 
 
 def test_a_plan_without_it_needs_nothing(tmp_path):
