@@ -62,7 +62,7 @@ Schemes = Mapping[str, Scheme]
 def _refused(name: str, scheme: Scheme, tool: Tool, takes: str) -> SchemeError:
     return SchemeError(
         f"{tool} has no setting for {name} ({scheme}); it takes {takes}: search a plan of those "
-        "(dtm search --scheme), or take from: and dtm compress --dense for the rest"
+        "(dtm search --scheme), or write this one yourself (dtm compress)"
     )
 
 
@@ -91,7 +91,10 @@ def _any_of(names: Iterable[str]) -> str:
         tails.setdefault(head, []).append(tail)
     heads: dict[str, list[str]] = {}  # what follows -> what it follows
     for head, rest in tails.items():
-        follows = r"\." + _any_of(rest) if any(rest) else ""
+        longer = [tail for tail in rest if tail]
+        follows = r"\." + _any_of(longer) if longer else ""
+        if longer and len(longer) < len(rest):
+            follows = f"(?:{follows})?"
         heads.setdefault(follows, []).append(re.escape(head))
     return _either([_either(found) + follows for follows, found in heads.items()])
 
@@ -109,6 +112,7 @@ _CONV1D = ("gpt2", "openai-gpt")
 def _llm_compressor(schemes: Schemes, file: PlanFile) -> Recipe:
     """A modifier with a group for each scheme; its targets are module names."""
     model_type = file.base["model_type"]
+    _check_nvfp4(schemes)
     modifiers: dict[str, dict[str, dict[str, Any]]] = {}
     for name, scheme in schemes.items():
         if model_type in _CONV1D and not _is_end(name):
@@ -131,13 +135,43 @@ def _llm_compressor(schemes: Schemes, file: PlanFile) -> Recipe:
     notes = [
         "oneshot(model=..., recipe=FILE) carries it out, with a tokenizer and, for GPTQ, a "
         "dataset.",
-        "Its scale is max|w| / (2^(B-1) - 1/2) with one code more: another rounding than ours.",
+        "The scale of its symmetric integers is max|w| / (2^(B-1) - 1/2), with one code more: "
+        "another rounding than ours.",
     ]
-    if "int8:tensor" in map(str, schemes.values()):
-        notes.append(
-            "int8:tensor becomes int8, one scale a channel: vLLM takes no weights of one scale."
-        )
+    texts = sorted(set(map(str, schemes.values())))
+    notes += [
+        f"{text} becomes {text.removesuffix(':tensor')}, one scale a channel: vLLM takes no "
+        "weights of one scale."
+        for text in texts
+        if text.endswith(":tensor")
+    ]
+    if "nvfp4" in texts:
+        notes.append("nvfp4 shares one scale of the whole among q, k and v, and gate and up.")
     return Recipe(yaml.safe_dump(content, sort_keys=False, width=100), tuple(notes))
+
+
+_SCALED_TOGETHER = ("q_proj k_proj v_proj", "gate_proj up_proj", "q_a_proj kv_a_proj_with_mqa")
+"""What llm-compressor gives one nvfp4 scale, and stops at if only a part of it is nvfp4."""
+
+
+def _check_nvfp4(schemes: Schemes) -> None:
+    """Raise SchemeError for a matrix in nvfp4 beside one of its group that is not."""
+    lasts = {name.rpartition(".")[2] for name in schemes}
+    for name, scheme in schemes.items():
+        parent, _, last = name.rpartition(".")
+        if str(scheme) != "nvfp4":
+            continue
+        for group in map(str.split, _SCALED_TOGETHER):
+            if last not in group or not lasts.issuperset(group):  # not all are in the model
+                continue
+            for other in (f"{parent}.{part}" for part in group):
+                found = schemes.get(other)
+                if str(found) != "nvfp4":
+                    raise SchemeError(
+                        f"llm-compressor gives {' and '.join(group)} one nvfp4 scale, and {name} "
+                        f"is nvfp4 where {other} is {found or 'unchanged'}; search again with "
+                        "--couple vllm"
+                    )
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -168,9 +202,10 @@ _GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 def _gptqmodel(schemes: Schemes, _file: PlanFile) -> Recipe:
     """The most frequent setting for all, and `dynamic`: a pattern for each, and one for the rest.
 
-    `-:` leaves out what it matches, and comes before every `+:` wherever it is written.
+    `-:` leaves out what it matches, and comes before every `+:` wherever it is written. It is
+    asked of names inside a layer too (`mlp.up_proj`): one that matches them leaves out all layers.
     """
-    settings: dict[str, list[str]] = {}
+    of: dict[str, str] = {}
     for name, scheme in schemes.items():
         takes = f"int{'/'.join(map(str, _GPTQ_BITS))}, by channel or in groups, :asym or not"
         step = _weights_only(name, scheme, Tool.gptqmodel, takes)
@@ -179,22 +214,67 @@ def _gptqmodel(schemes: Schemes, _file: PlanFile) -> Recipe:
             raise _refused(name, scheme, Tool.gptqmodel, takes)
         if _is_end(name):
             raise SchemeError(
-                f"gptqmodel quantizes what lies in the layers, and {name} does not; search again "
+                f"gptqmodel quantizes what lies in the layers, and {name} does not; sweep again "
                 f"with --exclude {name}"
             )
         setting = {"bits": step.bits, "group_size": group, "sym": step.symmetric}
-        settings.setdefault(json.dumps(setting), []).append(name)
-    dynamic: dict[str, dict[str, Any]] = {f"-:^(?!{_any_of(schemes)}$)": {}}
+        of[name] = json.dumps(setting)
+    joined, torn = _joined(of)
+    settings: dict[str, list[str]] = {}
+    for name, text in (of | joined).items():
+        settings.setdefault(text, []).append(name)
+    layers = _any_of({re.split(r"\.\d+\.", name)[0] for name in schemes})
+    rest = rf"-:^(?={layers}\.\d)(?!{_any_of(of | joined)}$)"
+    dynamic: dict[str, dict[str, Any]] = {rest: {}}
     for text, names in settings.items():
-        dynamic[f"+:^{_any_of(names)}$"] = json.loads(text)
+        one = json.loads(text)
+        # Its order of columns within groups stops at a matrix that has none.
+        dynamic[f"+:^{_any_of(names)}$"] = one | (
+            {"act_group_aware": False} if one["group_size"] == -1 else {}
+        )
     frequent = max(settings, key=lambda text: len(settings[text]))
+    notes = [
+        "QuantizeConfig(**json.load(open(FILE))) reads it; the pattern with -: leaves out what the "
+        "plan leaves as it is.",
+        "It rounds by GPTQ, on the data that you give it: int4 becomes gptq:int4.",
+    ]
+    if torn:
+        notes.append(
+            f"vLLM and SGLang join the parts of {torn[0]} ({len(torn)} such), which the plan has "
+            "in more than one way, and will not load it rightly: search again with --couple vllm."
+        )
     return Recipe(
-        json.dumps({**json.loads(frequent), "dynamic": dynamic}, indent=1) + "\n",
-        (
-            "QuantizeConfig(**json.load(open(FILE))) reads it; the pattern with -: leaves out what "
-            "the plan leaves as it is.",
-        ),
+        json.dumps({**json.loads(frequent), "dynamic": dynamic}, indent=1) + "\n", tuple(notes)
     )
+
+
+_JOINED = {"qkv_proj": "q_proj k_proj v_proj", "gate_up_proj": "gate_proj up_proj"}
+
+
+def _joined(settings: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What servers join, by the name under which they look it up in `dynamic`.
+
+    First the wholes whose parts all have one setting, with it; then those whose parts do not.
+    """
+    wholes: dict[str, dict[str, str]] = {}
+    n_parts: dict[str, int] = {}
+    for name, setting in settings.items():
+        parent, _, last = name.rpartition(".")
+        stack, mark, part = name.partition(".experts.")
+        if mark:
+            wholes.setdefault(f"{stack}.experts", {})[part] = setting
+            continue
+        for whole, parts in _JOINED.items():
+            if last in parts.split():
+                wholes.setdefault(f"{parent}.{whole}", {})[last] = setting
+                n_parts[f"{parent}.{whole}"] = len(parts.split())
+    joined, torn = {}, []
+    for whole, found in wholes.items():
+        if len(set(found.values())) == 1 and len(found) >= n_parts.get(whole, 0):
+            joined[whole] = next(iter(found.values()))
+        else:
+            torn.append(whole)
+    return joined, torn
 
 
 # --- llama.cpp ---
@@ -238,8 +318,15 @@ def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
             "plan leaves as it is.",
             "ggml types have blocks of 32 (K types: 256) whatever the plan's groups; rows that 256 "
             "does not divide get a larger type than a K type.",
+            *_rounded(schemes),
         ),
     )
+
+
+def _rounded(schemes: Schemes) -> tuple[str, ...]:
+    """What is said where codes are made without inputs."""
+    found = next((str(scheme) for scheme in schemes.values() if scheme.needs_codes), None)
+    return (f"{found} is rounded to nearest there, not by GPTQ.",) if found else ()
 
 
 def _dtype(config: object) -> str:
@@ -289,15 +376,15 @@ def _modelopt(schemes: Schemes, _file: PlanFile) -> Recipe:
         if re.search(r"\.experts\.\d+\.", name):
             raise SchemeError(
                 f"modelopt keeps all experts in one module and has no quantizer by the name of "
-                f"{name}; search again with --exclude '*.experts.*', or export to llm-compressor"
+                f"{name}; sweep again with --exclude '*.experts.*', or export to llm-compressor"
             )
         for part, settings in _quantizers(name, scheme).items():
             entries.append({"quantizer_name": f"{name}.{part}", "cfg": settings})
     content = {"quant_cfg": entries, "algorithm": "max"}
-    return Recipe(
-        yaml.safe_dump(content, sort_keys=False),
-        ("mtq.quantize(model, yaml.safe_load(open(FILE)), forward_loop) carries it out.",),
-    )
+    notes = ["mtq.quantize(model, yaml.safe_load(open(FILE)), forward_loop) carries it out."]
+    if "w8a8" in map(str, schemes.values()):
+        notes.append("Its int8 inputs have the scale absmax / 127, where ours have absmax / 127.5.")
+    return Recipe(yaml.safe_dump(content, sort_keys=False), (*notes, *_rounded(schemes)))
 
 
 def _quantizers(name: str, scheme: Scheme) -> dict[str, dict[str, Any]]:
