@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from importlib import resources
 from importlib.util import find_spec
 
@@ -11,6 +12,7 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
 import runs
+import sweeps
 import tiny
 from divergent_tokens.calibrated import ready_schemes
 from divergent_tokens.compress.checkpoint import write_checkpoint
@@ -18,9 +20,10 @@ from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.plan import size_bytes, uniform_plan
 from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.compress.schemes import parse_scheme
-from divergent_tokens.errors import RecordError
+from divergent_tokens.errors import ModelError, PromptError, RecordError
 from divergent_tokens.models import load_model, outline_model
 from divergent_tokens.quiet import quietly
+from divergent_tokens.sensitivities import PromptRow, open_sensitivities
 from divergent_tokens.verify import verify
 
 FILE = resources.files("divergent_tokens") / "data" / "schemas" / "verification-1.json"
@@ -106,6 +109,7 @@ def test_all_is_as_planned_and_said_in_the_form_of_the_schema(place, int8):
     assert problems == []
     candidates = record["measured"]["candidates"]
     assert candidates["in memory"] == candidates["reloaded"]
+    assert record["measured"]["overlap"] is None  # nobody searched for this plan
     assert record["servers"] == {"vllm": [], "transformers": []}
 
 
@@ -197,8 +201,8 @@ def test_a_file_cut_short(place, copy):
     file.write_bytes(file.read_bytes()[:-100])
     found = verified(base_of(place), copy)
     said = failed(found)
-    assert said.keys() == {"loads", "settings"}
-    assert "model.safetensors" in said["settings"]
+    assert said.keys() == {"loads", "files"}
+    assert "model.safetensors is truncated or corrupt" in said["files"]
     assert found.comparison is None
 
 
@@ -242,7 +246,7 @@ def test_inputs_that_are_not_quantized_any_more(place, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     said = failed(verified(base_of(place), out))
     assert said.keys() == {"settings", "divergence"}
-    assert "inputs are quantized otherwise" in said["divergence"]
+    assert "no weight, so that inputs are quantized" in said["divergence"]
 
 
 def test_the_checkpoint_of_another_plan(place, int8, tmp_path):
@@ -258,3 +262,76 @@ def test_no_plan_and_a_plan_of_another_base(place, copy):
     (copy / "plan.json").unlink()
     with pytest.raises(RecordError, match=r"plan\.json does not exist"):
         verified(base_of(place), copy)
+
+
+def test_the_sign_of_a_zero_is_a_bit(place, tmp_path):
+    out = written(base_of(place), tmp_path / "out", "int8", dense=True)
+
+    def flip(tensors):
+        weight = tensors["model.layers.0.mlp.up_proj.weight"].view(-1)
+        weight[(weight == 0).nonzero()[0]] = -0.0
+
+    changed(out, flip)
+    said = failed(verified(base_of(place), out))
+    assert said == {"weights": "model.layers.0.mlp.up_proj differs most from its plan, by 0"}
+
+
+def test_a_scale_that_is_no_number_differs_most(place, copy):
+    def spoil(tensors):
+        tensors["model.layers.0.self_attn.k_proj.weight_scale"][3] = 5.0
+        tensors["model.layers.1.self_attn.q_proj.weight_scale"][2] = float("nan")
+
+    changed(copy, spoil)
+    found = verified(base_of(place), copy)
+    assert found.worst == ("model.layers.1.self_attn.q_proj", float("inf"))
+    assert found.to_json()["worst"]["difference"] is None
+    assert "are NaN or infinite" in failed(found)["divergence"]
+
+
+def test_what_lies_beside_the_weights(place, copy):
+    config = json.loads((copy / "generation_config.json").read_text())
+    edited = json.dumps(config | {"repetition_penalty": 1.5})
+    (copy / "generation_config.json").write_text(edited)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]  # the same tokens, made in another order
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert failed(verified(base_of(place), copy)) == {
+        "tokenizer": "other vocabulary and rules and chat template than the base's",
+        "generation": "repetition_penalty is 1.5, in the base None",
+    }
+
+
+def test_positions_that_the_checkpoint_lost_and_those_the_base_never_had(place, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10}))
+    said = failed(verified(base_of(place), copy))
+    assert said.keys() == {"config", "divergence"}
+    assert "copy has 10. Use a smaller --prefix" in said["divergence"]
+    model = load_model(base_of(place), dtype="float32", device="cpu")
+    with pytest.raises(PromptError, match="has 256"):
+        verify(copy, model, runs.prompts(n=2, length=8), new_tokens=250, batch_size=2)
+
+
+def test_no_room_to_reload_is_no_fault_of_the_checkpoint(place, copy, monkeypatch):
+    def ended(command, **_options):
+        return subprocess.CompletedProcess(command, -9, "", "")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    with pytest.raises(ModelError, match=r"ended with -9 before it could say .*free some room"):
+        verified(base_of(place), copy)
+
+
+def test_prompts_that_chose_the_plan(place, copy, tmp_path):
+    sweep, prompts = sweeps.sweep(n_prompts=3), runs.prompts(n=4, length=8).prompts
+    swept = [PromptRow(i, prompt.digest, None, None) for i, prompt in enumerate(prompts[1:])]
+    file, run = tmp_path / "sweep.db", {**sweep.run, "rounding_kl": None}
+    with open_sensitivities(file, run, sweep.components, swept, sweep.margins):
+        pass
+    plan = json.loads((copy / "plan.json").read_text())
+    for digest, overlap in ((run["prompts"]["digest"], 3), ("ab" * 32, None)):
+        step = {"step": "search", "sweep": {"file": str(file), "prompts": digest}}
+        (copy / "plan.json").write_text(json.dumps(plan | {"trail": [step]}))
+        found = verified(base_of(place), copy)
+        assert found.to_json()["measured"]["overlap"] == overlap  # None: another sweep lies there

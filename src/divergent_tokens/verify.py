@@ -335,5 +335,7 @@ def _divergence(
     )
     if difference <= floor:
         return comparison, Check("divergence", True, said)
-    most = worst[0] if worst else "no weight, so that inputs are quantized or used otherwise"
+    most = (
+        worst[0] if worst else "no weight, so that inputs are quantized or computed with otherwise"
+    )
     return comparison, Check("divergence", False, f"{said}; what differs most: {most}")

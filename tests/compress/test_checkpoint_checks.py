@@ -214,5 +214,9 @@ def test_a_plan_made_in_another_dtype_promises_other_scales(base, tmp_path):
 def test_nothing_to_read_is_said_and_not_raised(base, copy):
     (copy / "config.json").write_text("{")
     found = failed(base, copy)
-    assert found.keys() == {"config", "files", "settings"}
+    assert found.keys() == {"config", "settings"}
     assert all("config.json cannot be read as JSON" in said for said in found.values())
+    (copy / "model.safetensors").unlink()
+    found = failed(base, copy)
+    assert found.keys() == {"config", "files"}
+    assert "expected model.safetensors or model.safetensors.index.json" in found["files"]

@@ -60,7 +60,14 @@ def check_files(
     `plan` is the file's, its codes at hand; `components` are all of the base's, the ends too.
     """
     yield _config(folder, base)
-    yield _files(folder)
+    try:
+        files = model_files.find_weights(
+            folder, str(folder), read_config(folder), allow_pickle=False
+        )
+    except ModelError as error:
+        yield Check("files", False, str(error))
+        return
+    yield _files(folder, files)
     try:
         weights = CheckpointWeights(folder, str(folder))
         if weights.is_dense:
@@ -123,13 +130,8 @@ def _stored_dtypes(folder: Path) -> list[str]:
     return sorted(_DTYPES[name] for name in found)
 
 
-def _files(folder: Path) -> Check:
+def _files(folder: Path, files: Sequence[Path]) -> Check:
     """Whether there are weights that nobody should read, and the index tells where they lie."""
-    try:
-        config = model_files.read_config(folder, str(folder))
-        files = model_files.find_weights(folder, str(folder), config, allow_pickle=False)
-    except ModelError as error:
-        return Check("files", False, str(error))
     kept = [file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHT_ENDINGS]
     stray = [file.name for file in kept if file not in files]
     if stray:
