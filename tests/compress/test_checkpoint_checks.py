@@ -211,6 +211,12 @@ def test_a_plan_made_in_another_dtype_promises_other_scales(base, tmp_path):
     assert failed(base, out) == {}
 
 
+def test_rows_that_do_not_fill_their_words(base, tmp_path):
+    """Rows of 48 codes of 3 bits take 5 words of 32, and 4.5 would do."""
+    out = written(base, tmp_path / "out", {"down": "int3"})
+    assert checked(base, out)["sizes"].found.endswith("of the format's own (+0.00%)")
+
+
 def test_nothing_to_read_is_said_and_not_raised(base, copy):
     (copy / "config.json").write_text("{")
     found = failed(base, copy)

@@ -4,6 +4,7 @@ Nothing is loaded here: the config, the headers of the weights, and what lies be
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,10 +274,13 @@ def _bytes(plan: Plan, components: Sequence[Component]) -> int:
 
 
 def _layout_bytes(scheme: Scheme, component: Component) -> int:
-    """What the format adds to codes and scales: a shape, and one scale repeated by channel."""
+    """What the format adds to codes and scales: a shape, filled words, a scale by channel."""
     step = scheme.steps[-1]
     step = step.grid if isinstance(step, Gptq) else step
     if not isinstance(step, AbsMax):
         return 0
-    repeated = component.shape[0] - 1 if step.granularity == "tensor" else 0
-    return _SHAPE_BYTES + repeated * scale_dtype(component.dtype).itemsize
+    n_out, n_in = component.shape
+    row_bytes = 4 * math.ceil(n_in * step.bits / 32)  # whole words
+    filled = n_out * row_bytes - math.ceil(n_out * n_in * step.bits / 8)
+    repeated = n_out - 1 if step.granularity == "tensor" else 0
+    return _SHAPE_BYTES + filled + repeated * scale_dtype(component.dtype).itemsize
