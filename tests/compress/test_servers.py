@@ -38,6 +38,7 @@ def test_uniform_plans_of_dense_models_are_loaded(architecture, scheme, target):
         ("llama", "int6", VLLM, "integers of 4 and 8 bits"),
         ("llama", "int4:g16", VLLM, "in groups of 32, 64, 128"),
         ("qwen3-moe", "w8a8", TRANSFORMERS, "from packed integers alone"),
+        ("opt", "w8a8", TRANSFORMERS, "one scale for all tokens"),
         ("llama", "from:somewhere", VLLM, "leaves no codes"),
     ],
 )

@@ -117,6 +117,19 @@ def _no_mamba_out(component: Component, scheme: Scheme, _d: torch.dtype) -> tupl
     )
 
 
+def _batched_inputs(
+    component: Component, scheme: Scheme, _d: torch.dtype
+) -> tuple[str, str] | None:
+    flat = component.model_type == "opt" and component.name.endswith((".fc1", ".fc2"))
+    if not flat or scheme.activations is None:
+        return None
+    return (
+        "this module is given [token, hidden], of which compressed-tensors makes one scale for all "
+        "tokens instead of one for each",
+        "plan a scheme of weights only for it, such as int8",
+    )
+
+
 def _fp4_in_bf16(_c: Component, scheme: Scheme, dtype: torch.dtype) -> tuple[str, str] | None:
     if dtype is torch.bfloat16 or str(scheme.steps[-1]) not in ("mxfp4", "nvfp4"):
         return None
@@ -159,7 +172,13 @@ def _vllm_bits(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str
 
 
 _COMMON: tuple[_Rule, ...] = (_packable, _no_end, _no_conv1d, _known_experts)
-_TRANSFORMERS: tuple[_Rule, ...] = (_no_mamba_out, _fp4_in_bf16, _symmetric, _plain_experts)
+_TRANSFORMERS: tuple[_Rule, ...] = (
+    _no_mamba_out,
+    _batched_inputs,
+    _fp4_in_bf16,
+    _symmetric,
+    _plain_experts,
+)
 _VLLM: tuple[_Rule, ...] = (_vllm_bits,)
 
 
