@@ -38,6 +38,8 @@ def test_uniform_plans_of_dense_models_are_loaded(architecture, scheme, target):
         ("llama", "int6", VLLM, "integers of 4 and 8 bits"),
         ("llama", "int4:g16", VLLM, "in groups of 32, 64, 128"),
         ("qwen3-moe", "w8a8", TRANSFORMERS, "from packed integers alone"),
+        ("llama", "nvfp4", VLLM, "a scale of its own over its groups' scales"),
+        ("qwen3-moe", "int4:g32:asym", VLLM, "symmetric integers only for experts"),
         ("opt", "w8a8", TRANSFORMERS, "one scale for all tokens"),
         ("llama", "from:somewhere", VLLM, "leaves no codes"),
     ],
@@ -93,6 +95,16 @@ def test_experts_of_two_schemes():
     (one,) = mixed("qwen3-moe", by_layer, TRANSFORMERS)
     assert "one scheme for all 24 routed experts" in one.why
     assert len(mixed("qwen3-moe", within, VLLM)) == 2
+
+
+@pytest.mark.parametrize("expert", [None, "magnitude:0.5"])
+def test_experts_that_stay_dense_beside_codes_would_be_lost(expert):
+    def attention(component):
+        return expert if component.kind == "expert" else "int8"
+
+    first = mixed("qwen3-moe", attention, TRANSFORMERS)[0]
+    assert "loses those that are not in codes" in first.why
+    assert mixed("qwen3-moe", attention, VLLM) == ()
 
 
 def test_a_whole_plan_has_its_problems_in_order():

@@ -57,6 +57,8 @@ def problems(
         for rule in (*_COMMON, *rules)
         if (said := rule(component, scheme, dtype)) is not None
     ]
+    if target is Coupling.transformers:
+        found += _dense_experts(plan, components)
     return (*found, *_broken_groups(plan, components, target))
 
 
@@ -171,6 +173,28 @@ def _vllm_bits(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str
     )
 
 
+def _vllm_nvfp4(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    fused = component.kind in ("q", "k", "v", "gate", "up", "expert")
+    if not fused or str(scheme.steps[-1]) != "nvfp4":
+        return None
+    return (
+        "it has a scale of its own over its groups' scales, and vLLM takes one for all that it "
+        "fuses",
+        "plan another scheme for it, such as int4:g32 or fp8",
+    )
+
+
+def _vllm_symmetric_experts(
+    component: Component, scheme: Scheme, _d: torch.dtype
+) -> tuple[str, str] | None:
+    if component.expert is None or not str(scheme.steps[-1]).endswith(":asym"):
+        return None
+    return (
+        "vLLM takes symmetric integers only for experts",
+        "plan the scheme without ':asym'",
+    )
+
+
 _COMMON: tuple[_Rule, ...] = (_packable, _no_end, _no_conv1d, _known_experts)
 _TRANSFORMERS: tuple[_Rule, ...] = (
     _no_mamba_out,
@@ -179,7 +203,7 @@ _TRANSFORMERS: tuple[_Rule, ...] = (
     _symmetric,
     _plain_experts,
 )
-_VLLM: tuple[_Rule, ...] = (_vllm_bits,)
+_VLLM: tuple[_Rule, ...] = (_vllm_bits, _vllm_nvfp4, _vllm_symmetric_experts)
 
 
 # --- components that share a scheme ---
@@ -204,3 +228,21 @@ def _broken_groups(
             f"search again with --couple {target}, over a sweep of all of them, or write the plan "
             "dense (--dense)",
         )
+
+
+def _dense_experts(plan: Plan, components: Sequence[Component]) -> list[Problem]:
+    """Experts that stay dense in a checkpoint where something else is in codes."""
+    packed = any(not is_kept_dense(scheme) for scheme in plan.schemes.values())
+    for component in components:
+        scheme = plan.schemes.get(component.name)
+        if packed and component.expert is not None and (scheme is None or is_kept_dense(scheme)):
+            return [
+                Problem(
+                    component.name,
+                    "unchanged" if scheme is None else str(scheme),
+                    "transformers unpacks all experts of a compressed checkpoint, and loses those "
+                    "that are not in codes",
+                    "give all of them one scheme, such as int8, or write the plan dense (--dense)",
+                )
+            ]
+    return []
