@@ -245,7 +245,7 @@ def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["measure", "probe"])
 def test_what_is_not_finite_is_named(tmp_path, method):
     class Infinite:
-        by_rows, activations = False, None
+        by_rows, activations, source = False, None, None
 
         def check(self, components):
             pass
