@@ -19,7 +19,7 @@ test: $(DEVELOPMENT)
 
 # llm-compressor holds transformers back, so that it has an environment of its own.
 test-llmcompressor: $(COMPRESSOR)
-	$(VENV)-llmcompressor/bin/python -m pytest -n auto -W ignore tests/compress tests/test_verify.py tests/test_models.py
+	$(VENV)-llmcompressor/bin/python -m pytest -n auto -W ignore tests/compress/test_gptq.py tests/compress/test_recipes.py tests/test_calibrated.py
 
 check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .

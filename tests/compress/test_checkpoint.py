@@ -387,6 +387,24 @@ def test_a_base_that_is_compressed_already(bases, tmp_path):
         write(tmp_path / "once", "int4", tmp_path / "twice")
 
 
+@pytest.mark.parametrize("name", ["sweep.db", "thesis.txt", "results"])
+def test_what_is_not_of_a_checkpoint_is_never_replaced(bases, tmp_path, name):
+    out = tmp_path / "out"
+    write(bases("llama"), "int8", out)
+    (out / name).mkdir() if name == "results" else (out / name).write_text("mine")
+    with pytest.raises(RecordError, match=f"what no checkpoint of ours has \\({name}\\)"):
+        write(bases("llama"), "int4", out, overwrite=True)
+    assert (out / name).exists()
+
+
+def test_the_folder_that_one_is_in_is_never_replaced(bases, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(bases("llama"), "int8", out)
+    monkeypatch.chdir(out)
+    with pytest.raises(RecordError, match="is the folder that you are in"):
+        write(bases("llama"), "int4", Path(), overwrite=True)
+
+
 def test_a_folder_that_holds_something(bases, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

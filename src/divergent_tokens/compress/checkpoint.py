@@ -40,6 +40,11 @@ _SLAB_BYTES = 64 * 2**20
 """Tensors that wait to be written lie in stretches of this size, or larger if they are."""
 _ALIGNED_BYTES = 16
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+_OURS = (
+    *("README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken"),
+    *("merges.txt", "vocab.txt", "LICENSE*", "NOTICE*"),
+)
+"""Names in a checkpoint that may be replaced."""
 _NOT_COPIED = ("config.json", "*.index.json", PLAN, "adapter_*", "*_loading_report*")
 
 
@@ -101,8 +106,8 @@ def write_checkpoint(
             f"{file.base['fingerprint'][:12]}…), and {base.reference} is another model "
             f"({base.fingerprint[:12]}…); take that base, or search a plan for this one"
         )
-    check_folder(out, overwrite=overwrite)
     _check_apart(base, out)
+    check_folder(out, overwrite=overwrite)
     measured = measured_table(file.trail)
     source = _Source(base, plan, dtype)
     check_plan(plan, source.components)
@@ -163,11 +168,26 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         raise RecordError(
             f"the folder {out} is not empty; name another, or replace it with --overwrite"
         )
-    if not (out / PLAN).is_file():
+    if not (out / PLAN).is_file() or not (out / "config.json").is_file():
         raise RecordError(
-            f"the folder {out} holds something else than a checkpoint of ours (it has no {PLAN}), "
-            "which is never overwritten; name another"
+            f"the folder {out} holds something else than a checkpoint of ours (it lacks {PLAN} or "
+            "config.json), which is never overwritten; name another"
         )
+    if out.resolve() == Path.cwd():
+        raise RecordError(f"{out} is the folder that you are in; name another")
+    foreign = [file.name for file in sorted(out.iterdir()) if not _may_be_ours(file)]
+    if foreign:
+        raise RecordError(
+            f"the folder {out} holds what no checkpoint of ours has ({', '.join(foreign[:3])}), "
+            "and would be replaced as a whole; move it away, or name another folder"
+        )
+
+
+def _may_be_ours(file: Path) -> bool:
+    """Whether a file or folder has a name that `dtm compress` writes or copies."""
+    if file.is_dir():
+        return file.name == "additional_chat_templates"
+    return any(fnmatch(file.name, pattern) for pattern in _OURS)
 
 
 def _check_apart(base: Outline, out: Path) -> None:
