@@ -7,9 +7,10 @@ import pytest
 
 import runs
 from divergent_tokens.calibrated import read_calibration, ready_plan, ready_schemes
+from divergent_tokens.candidates import lent_candidates
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import find_components
-from divergent_tokens.compress.plan import check_plan
+from divergent_tokens.compress.plan import check_plan, uniform_plan
 from divergent_tokens.compress.plan_file import read_plan, write_plan
 from divergent_tokens.compress.quantize import quantize
 from divergent_tokens.compress.schemes import parse_scheme
@@ -51,3 +52,23 @@ def test_a_plan_is_carried_out_with_the_codes_that_it_was_chosen_with(tmp_path, 
 def test_what_the_base_draws_is_not_calibrated_on():
     with pytest.raises(PromptError, match="expected --calibration builtin, a file"):
         read_calibration("self", runs.model())
+
+
+def test_a_plan_whose_codes_are_at_hand_keeps_them(tmp_path, monkeypatch):
+    """Whoever lends it reads no text again, and takes no other codes from another place."""
+    model = runs.model()
+    components = find_components(model.network, include=["*.mlp.*"])
+    monkeypatch.setattr("divergent_tokens.calibrated.check_installed", lambda: None)
+    monkeypatch.setattr(
+        "divergent_tokens.calibrated.round_by_gptq",
+        lambda weight, _moment, grid: quantize(weight, bits=grid.bits),
+    )
+    plan = uniform_plan(components, parse_scheme("gptq:int4"))
+    ready = ready_plan(model, components, plan, cache=tmp_path)
+    monkeypatch.setattr("divergent_tokens.calibrated.read_calibration", None)
+    schemes = list(ready.schemes.values())
+    assert ready_plan(model, components, ready, cache=tmp_path / "elsewhere") is ready
+    assert ready_schemes(model, components, schemes, cache=tmp_path / "elsewhere") == tuple(schemes)
+    with lent_candidates(model, {"ready": ready}, components)["ready"]:
+        pass
+    assert not (tmp_path / "elsewhere").exists()

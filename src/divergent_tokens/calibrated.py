@@ -48,13 +48,13 @@ def ready_schemes(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> tuple[Scheme, ...]:
-    """The schemes, with codes for each of the components where they need them."""
-    if not any(scheme.needs_codes for scheme in schemes):
+    """The schemes, with codes for each of the components where they need and lack them."""
+    if not any(scheme.lacks_codes for scheme in schemes):
         return tuple(schemes)
     pairs = [(component, scheme) for scheme in schemes for component in components]
     calibration, codes = _opened(base, source, cache)
     _make(base, pairs, calibration, codes, progress)
-    return tuple(scheme.bound(codes) if scheme.needs_codes else scheme for scheme in schemes)
+    return tuple(scheme.bound(codes) for scheme in schemes)
 
 
 def ready_plan(
@@ -66,13 +66,13 @@ def ready_plan(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """The plan, with codes for its components where their schemes need them.
+    """The plan, with codes for its components where their schemes need and lack them.
 
     Raises SchemeError for another calibration than the one that the plan was chosen with.
     """
     named = {component.name: component for component in components}
     pairs = [(named[n], scheme) for n, scheme in plan.schemes.items() if n in named]
-    if not any(scheme.needs_codes for _, scheme in pairs):
+    if not any(scheme.lacks_codes for _, scheme in pairs):
         return plan
     calibration, codes = _opened(base, source, cache)
     bound = plan.bound(codes)
@@ -100,7 +100,7 @@ def _make(
         for step in scheme.steps:
             if isinstance(step, Gptq):
                 step.check([component])
-                if codes.read(str(step), component) is None:
+                if not codes.has(str(step), component):
                     wanted.setdefault(component, []).append(step)
     if wanted:
         check_installed()

@@ -36,6 +36,10 @@ class Codes:
     calibration: str
     """The digest of what was calibrated on."""
 
+    def has(self, scheme: str, component: Component) -> bool:
+        """Whether a component's codes were made."""
+        return read_entry(self.cache, self._key(scheme, component)) is not None
+
     def read(self, scheme: str, component: Component) -> Quantized | None:
         """A component's codes; None if they were not made yet."""
         entry = read_entry(self.cache, self._key(scheme, component))

@@ -29,11 +29,7 @@ class Plan:
 
     def bound(self, codes: Codes) -> "Plan":
         """The same plan, its schemes' codes at hand."""
-        schemes = {
-            name: scheme.bound(codes) if scheme.needs_codes else scheme
-            for name, scheme in self.schemes.items()
-        }
-        return replace(self, schemes=schemes)
+        return replace(self, schemes={n: s.bound(codes) for n, s in self.schemes.items()})
 
     @property
     def digest(self) -> str:

@@ -107,8 +107,15 @@ class Scheme:
         """Whether codes must be made from the base's inputs before it does anything."""
         return any(isinstance(step, Gptq) for step in self.steps)
 
+    @property
+    def lacks_codes(self) -> bool:
+        """Whether it needs codes, and they are not at hand."""
+        return any(isinstance(step, Gptq) and step.codes is None for step in self.steps)
+
     def bound(self, codes: Codes) -> "Scheme":
-        """The same scheme with its codes at hand."""
+        """The same scheme with its codes at hand; itself if it needs none."""
+        if not self.needs_codes:
+            return self
         steps = (replace(s, codes=codes) if isinstance(s, Gptq) else s for s in self.steps)
         return Scheme(tuple(steps))
 
