@@ -2,21 +2,16 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from divergent_tokens.report.numbers import percent
-from divergent_tokens.report.tables import Record, Section, harmless, markdown_page, table
+from divergent_tokens.report.tables import Record, Section, harmless, markdown_page, text_page
 
 
 def checkpoint_text(record: Record) -> RenderableType:
     """For a terminal: title, components by scheme, notes."""
     record = harmless(record)
-    parts: list[RenderableType] = [Text(title(record))]
-    parts += [table(*section) for section in _sections(record)]
-    parts.append(Text())
-    parts += [Text(f"• {note}") for note in notes(record)]
-    return Group(*parts)
+    return text_page(title(record), _sections(record), notes(record))
 
 
 def checkpoint_markdown(record: Record) -> str:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from divergent_tokens.report.numbers import number, percent
 from divergent_tokens.report.tables import (
@@ -12,18 +11,14 @@ from divergent_tokens.report.tables import (
     harmless,
     markdown_page,
     on_prompts,
-    table,
+    text_page,
 )
 
 
 def sweep_text(record: Record) -> RenderableType:
     """The sweep for a terminal: title, schemes, the components with the most KL, notes."""
     record = harmless(record)
-    parts: list[RenderableType] = [Text(title(record))]
-    parts += [table(*section) for section in _sections(record)]
-    parts.append(Text())
-    parts += [Text(f"• {note}") for note in notes(record)]
-    return Group(*parts)
+    return text_page(title(record), _sections(record), notes(record))
 
 
 def sweep_markdown(record: Record) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +40,12 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     return "".join(f"\\{c}" if c in _MARKDOWN else c for c in text)
+
+
+def text_page(title: str, sections: Iterable[Section], notes: Iterable[str]) -> RenderableType:
+    """A title, tables under their headings, and notes, for a terminal."""
+    parts: list[RenderableType] = [Text(title), *(table(*section) for section in sections), Text()]
+    return Group(*parts, *(Text(f"• {note}") for note in notes))
 
 
 def on_one_line(cell: str) -> str:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from divergent_tokens.report.numbers import estimate, percent
 from divergent_tokens.report.tables import (
@@ -12,7 +11,7 @@ from divergent_tokens.report.tables import (
     harmless,
     markdown_page,
     on_prompts,
-    table,
+    text_page,
 )
 
 _METRICS = ("fdt", "sdt", "kl", "dppl")
@@ -21,11 +20,7 @@ _METRICS = ("fdt", "sdt", "kl", "dppl")
 def verification_text(record: Record) -> RenderableType:
     """For a terminal: verdict, checks, what was measured, notes."""
     record = harmless(record)
-    parts: list[RenderableType] = [Text(title(record))]
-    parts += [table(*section) for section in _sections(record)]
-    parts.append(Text())
-    parts += [Text(f"• {note}") for note in notes(record)]
-    return Group(*parts)
+    return text_page(title(record), _sections(record), notes(record))
 
 
 def verification_markdown(record: Record) -> str:
