@@ -7,7 +7,7 @@ scale and rounding is made by that library's own functions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale
@@ -28,6 +28,7 @@ from torch import Tensor
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.packed import Packed, pack_bytes, pack_fp4
 from divergent_tokens.compress.quantize import dequantize, quantize, scale_dtype
+from divergent_tokens.compress.straight_through import straight_through
 from divergent_tokens.errors import SchemeError
 
 _PRESETS = {"w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4A16", "nvfp4": "NVFP4A16"}
@@ -46,24 +47,15 @@ class PerToken:
 
         Gradients pass as if nothing had been rounded.
         """
-        quantized: Tensor = _Rounded.apply(x, self.format)  # type: ignore[no-untyped-call]
-        return quantized
+        args = _settings(self.format, "input_activations")
 
+        def rounded(tokens: Tensor) -> Tensor:
+            tokens = tokens[None]  # their axes of a token are the first two
+            scales, zero_points = compute_dynamic_scales_and_zp(tokens, args, torch.nn.Identity())
+            found: Tensor = fake_quantize(tokens, scales, zero_points, args)
+            return found
 
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor, format: Literal["w8a8", "fp8"]) -> Tensor:
-        if not x.numel():
-            return x.clone()
-        args = _settings(format, "input_activations")
-        tokens = x.reshape(1, -1, x.shape[-1])  # their axes of a token are the first two
-        scales, zero_points = compute_dynamic_scales_and_zp(tokens, args, torch.nn.Identity())
-        quantized: Tensor = fake_quantize(tokens, scales, zero_points, args)
-        return quantized.reshape(x.shape)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+        return straight_through(x, rounded)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.straight_through import straight_through
 from divergent_tokens.errors import SchemeError
 
 THRESHOLD = 6.0
@@ -65,25 +65,16 @@ class OutlierInputs:
 
         Gradients pass as if nothing had been rounded.
         """
-        quantized: Tensor = _Rounded.apply(x)  # type: ignore[no-untyped-call]
-        return quantized
+        return straight_through(x, _rounded)
 
 
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        if not x.numel():
-            return x.clone()
-        tokens = x.reshape(-1, x.shape[-1])
-        codes, scales, outliers = _quantized(tokens, THRESHOLD)
-        rounded = _decoded(codes, scales).to(x.dtype)
-        if outliers is not None and outliers.numel():
-            rounded[:, outliers] = tokens[:, outliers]
-        return rounded.reshape(x.shape)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+def _rounded(tokens: Tensor) -> Tensor:
+    """[token, in]"""
+    codes, scales, outliers = _quantized(tokens, THRESHOLD)
+    rounded = _decoded(codes, scales).to(tokens.dtype)
+    if outliers is not None and outliers.numel():
+        rounded[:, outliers] = tokens[:, outliers]
+    return rounded
 
 
 @torch.no_grad()
