@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from divergent_tokens.cli.export import To
 from divergent_tokens.compress.plan_file import PlanFile, write_plan
-from divergent_tokens.compress.recipes import Tool
+from divergent_tokens.compress.tools import Tool
 
 
 @pytest.fixture
@@ -16,8 +15,11 @@ def plan(tmp_path):
     return tmp_path / "plan.json"
 
 
-def test_the_command_knows_every_tool():
-    assert [to.value for to in To] == [tool.value for tool in Tool]
+@pytest.mark.parametrize("tool", list(Tool))
+def test_the_command_knows_every_tool(dtm, plan, tool):
+    left = dtm("export", plan, "--to", tool.value)
+    assert (left.code, left.err) == (0, "")
+    assert left.out
 
 
 def test_to_the_standard_output_or_into_a_file(dtm, plan, tmp_path):

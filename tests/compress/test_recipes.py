@@ -12,8 +12,9 @@ from compressed_tensors.quantization import QuantizationScheme, fake_quantize
 import tiny
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.plan_file import PlanFile
-from divergent_tokens.compress.recipes import Tool, _any_of, recipe
+from divergent_tokens.compress.recipes import _any_of, recipe
 from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.compress.tools import Tool
 from divergent_tokens.errors import SchemeError
 
 BLOCK = "model.layers.1.self_attn"

@@ -1,6 +1,5 @@
 """`dtm export`: a plan as another tool's settings."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,22 +7,14 @@ import typer
 
 from divergent_tokens.cli.output import check_out, print_out
 from divergent_tokens.cli.signals import on_signals, tidy_up
-
-
-class To(StrEnum):
-    """Tools whose settings are known; as in compress/recipes.py, which is heavy to import."""
-
-    llm_compressor = "llm-compressor"
-    gptqmodel = "gptqmodel"
-    llama_cpp = "llama.cpp"
-    modelopt = "modelopt"
+from divergent_tokens.compress.tools import Tool
 
 
 def export(
     plan: Annotated[
         Path, typer.Argument(help="The plan that `dtm search` wrote.", show_default=False)
     ],
-    to: Annotated[To, typer.Option("--to", help="The tool that is to carry it out.")],
+    to: Annotated[Tool, typer.Option("--to", help="The tool that is to carry it out.")],
     out: Annotated[
         Path | None, typer.Option(help="Write the settings here; else they are printed.")
     ] = None,
@@ -33,11 +24,11 @@ def export(
         check_out(out, plan)
 
     from divergent_tokens.compress.plan_file import read_plan
-    from divergent_tokens.compress.recipes import Tool, recipe
+    from divergent_tokens.compress.recipes import recipe
     from divergent_tokens.store import write_text
 
     on_signals(tidy_up)
-    found = recipe(read_plan(plan), Tool(to))
+    found = recipe(read_plan(plan), to)
     if out is None:
         print_out(found.text)
         return

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import gguf
@@ -21,16 +20,8 @@ from divergent_tokens.compress.gguf_weights import gguf_architecture
 from divergent_tokens.compress.gptq import Gptq
 from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.compress.tools import Tool
 from divergent_tokens.errors import SchemeError
-
-
-class Tool(StrEnum):
-    """Whose settings."""
-
-    llm_compressor = "llm-compressor"
-    gptqmodel = "gptqmodel"
-    llama_cpp = "llama.cpp"
-    modelopt = "modelopt"
 
 
 @dataclass(frozen=True)
