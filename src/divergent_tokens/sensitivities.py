@@ -26,6 +26,8 @@ ROUNDING_FACTOR = 3
 """A measured KL under so many times the rounding floor cannot be told from rounding."""
 
 Method = Literal["probe", "measure"]
+Pair = tuple[str, str]
+"""The name of a component and the text of a scheme."""
 
 _MAGIC = b"SQLite format 3\0"
 _APPLICATION_ID = int.from_bytes(b"dtm1", "big")

@@ -10,9 +10,15 @@ from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.models import Model
 from divergent_tokens.search.budgets import Budget
-from divergent_tokens.search.doubts import Pair, doubts
+from divergent_tokens.search.doubts import doubts
 from divergent_tokens.search.settings import Settings
-from divergent_tokens.sensitivities import ROUNDING_FACTOR, Sensitivities, keep, read_sensitivities
+from divergent_tokens.sensitivities import (
+    ROUNDING_FACTOR,
+    Pair,
+    Sensitivities,
+    keep,
+    read_sensitivities,
+)
 from divergent_tokens.sweep import sweep
 
 MAX_LOOKS = 10

@@ -37,6 +37,7 @@ from divergent_tokens.probe import kl_of, probe
 from divergent_tokens.sensitivities import (
     ComponentRow,
     Method,
+    Pair,
     PromptRow,
     Sensitivities,
     Sensitivity,
@@ -48,8 +49,6 @@ from divergent_tokens.sensitivities import (
 from divergent_tokens.store import content_key
 
 Todo = list[tuple[Component, Scheme]]
-Pair = tuple[str, str]
-"""The name of a component and the text of a scheme."""
 
 
 def sweep(

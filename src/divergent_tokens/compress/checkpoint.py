@@ -27,7 +27,7 @@ from divergent_tokens.compress.couplings import Coupling
 from divergent_tokens.compress.model_card import measured_table, model_card
 from divergent_tokens.compress.packed import Packed, quantization_config
 from divergent_tokens.compress.plan import Plan, check_plan
-from divergent_tokens.compress.plan_file import PlanFile, write_plan
+from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.servers import Problem, is_kept_dense, problems
 from divergent_tokens.errors import ModelError, RecordError, SchemeError
 from divergent_tokens.models import Outline
@@ -100,12 +100,7 @@ def write_checkpoint(
     would not load rightly, by name.
     """
     plan = ready or file.plan()
-    if file.base["fingerprint"] != base.fingerprint:
-        raise RecordError(
-            f"the plan was made for {file.base['reference']} (fingerprint "
-            f"{file.base['fingerprint'][:12]}…), and {base.reference} is another model "
-            f"({base.fingerprint[:12]}…); take that base, or search a plan for this one"
-        )
+    check_base(file, base, "the plan")
     _check_apart(base, out)
     check_folder(out, overwrite=overwrite)
     measured = measured_table(file.trail)
@@ -251,11 +246,7 @@ class _Source:
     @property
     def packed_formats(self) -> tuple[str, ...]:
         """Those of the modules that were packed."""
-        formats = {
-            str(getattr(p.settings.format, "value", p.settings.format))
-            for p in self.packed.values()
-        }
-        return tuple(sorted(formats))
+        return tuple(sorted({packed.format for packed in self.packed.values()}))
 
     @cached_property
     def inside(self) -> Mapping[str, list[tuple[Component, Component]]]:

@@ -27,6 +27,11 @@ class Packed:
     """How they are read, its format included; the modules it is for are not named."""
 
     @property
+    def format(self) -> str:
+        """compressed-tensors' name for the layout."""
+        return str(getattr(self.settings.format, "value", self.settings.format))
+
+    @property
     def n_bytes(self) -> int:
         """Of all tensors together."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
@@ -90,7 +95,7 @@ def quantization_config(modules: Mapping[str, Packed], dense: Sequence[str]) -> 
     for name, packed in modules.items():
         key = packed.settings.model_dump_json()
         groups.setdefault(key, (packed.settings, []))[1].append(name)
-    formats = {str(getattr(s.format, "value", s.format)) for s, _ in groups.values()}
+    formats = {packed.format for packed in modules.values()}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

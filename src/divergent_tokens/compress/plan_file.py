@@ -11,7 +11,7 @@ from divergent_tokens.store import write_text
 
 if TYPE_CHECKING:
     from divergent_tokens.compress.plan import Plan
-    from divergent_tokens.models import Model
+    from divergent_tokens.models import Model, Outline
 
 SCHEMA = "divergent-tokens/plan/1"
 _BASE_FIELDS = ("reference", "fingerprint", "model_type", "config")
@@ -89,11 +89,11 @@ def read_plan(path: Path) -> PlanFile:
     return file
 
 
-def check_base(file: PlanFile, model: "Model", path: Path) -> None:
-    """Raise RecordError if the plan was made for another base."""
+def check_base(file: PlanFile, model: "Model | Outline", name: Path | str) -> None:
+    """Raise RecordError, naming the plan so, if it was made for another base."""
     if file.base["fingerprint"] != model.fingerprint:
         raise RecordError(
-            f"{path} was made for {file.base['reference']} (fingerprint "
+            f"{name} was made for {file.base['reference']} (fingerprint "
             f"{file.base['fingerprint'][:12]}…), and {model.reference} is another model "
             f"({model.fingerprint[:12]}…); take that base, or search a plan for this one"
         )

@@ -13,7 +13,7 @@ import torch
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.couplings import Coupling, coupled
 from divergent_tokens.compress.plan import Plan
-from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.compress.schemes import Magnitude, Scheme
 
 _VLLM_GROUPS = (32, 64, 128)
 """Group sizes that its kernels for weight-only integers know."""
@@ -53,7 +53,7 @@ def problems(
     found = [
         Problem(component.name, str(scheme), *said)
         for component in components
-        if (scheme := plan.schemes.get(component.name)) is not None
+        if (scheme := plan.schemes.get(component.name)) is not None and not is_kept_dense(scheme)
         for rule in (*_COMMON, *rules)
         if (said := rule(component, scheme, dtype)) is not None
     ]
@@ -64,16 +64,16 @@ def problems(
 
 def is_kept_dense(scheme: Scheme) -> bool:
     """Whether what comes out is dense weights, which any checkpoint holds: a pruned matrix."""
-    return all(str(step).startswith("magnitude") for step in scheme.steps)
+    return all(isinstance(step, Magnitude) for step in scheme.steps)
 
 
-# --- one component ---
+# --- one component, whose codes lie in the file ---
 
 _Rule = Callable[[Component, Scheme, torch.dtype], tuple[str, str] | None]
 
 
 def _packable(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if scheme.is_packable or is_kept_dense(scheme):
+    if scheme.is_packable:
         return None
     return (
         "it leaves no codes that a compressed-tensors checkpoint could hold",
@@ -82,7 +82,7 @@ def _packable(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str]
 
 
 def _no_end(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if not component.is_end or is_kept_dense(scheme):
+    if not component.is_end:
         return None
     return (
         "packed embeddings and heads are not loaded everywhere, tied ones nowhere",
@@ -91,7 +91,7 @@ def _no_end(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str,
 
 
 def _no_conv1d(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if not component.transposed or component.stack_index is not None or is_kept_dense(scheme):
+    if not component.transposed or component.stack_index is not None:
         return None
     return (
         f"the Conv1D layers of {component.model_type} would be filled with new weights, in silence",
@@ -100,7 +100,7 @@ def _no_conv1d(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[s
 
 
 def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if component.stack_index is None or not component.transposed or is_kept_dense(scheme):
+    if component.stack_index is None or not component.transposed:
         return None
     return (
         f"no server unpacks the experts of {component.model_type}, which lie as [in, out]",
@@ -110,7 +110,7 @@ def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tup
 
 def _no_mamba_out(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
     own_way = component.model_type in _SET_OUT_PROJ and component.name.endswith(".out_proj")
-    if not own_way or is_kept_dense(scheme):
+    if not own_way:
         return None
     return (
         f"transformers sets the weight of this module of {component.model_type} itself while it "
@@ -152,8 +152,6 @@ def _symmetric(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str
 
 def _plain_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
     if component.expert is None or str(scheme.steps[-1]).startswith("int"):
-        return None
-    if is_kept_dense(scheme):
         return None
     return (
         "transformers unpacks experts to dense weights from packed integers alone, and never "

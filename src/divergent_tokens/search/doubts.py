@@ -12,15 +12,12 @@ from divergent_tokens.search.selections import select
 from divergent_tokens.search.settings import Settings
 
 if TYPE_CHECKING:
-    from divergent_tokens.sensitivities import Sensitivities
+    from divergent_tokens.sensitivities import Pair, Sensitivities
 
 RARE = 0.05
 """A scheme that fewer resamples than this share give a component is none of its candidates."""
 LARGE_KL = 0.1
 """Of one component, in nats per token: from here on a second-order estimate wants checking."""
-
-Pair = tuple[str, str]
-"""Component name and scheme."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Doubts:
 
     chosen: dict[str, str]
     """The plan as it is: component name -> scheme."""
-    pairs: tuple[Pair, ...]
+    pairs: "tuple[Pair, ...]"
     """In doubt and not measured yet, the most harmful first."""
     n_unsure: int
     """Components that resamples over prompts give more than one scheme."""
