@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from joint import estimates
 from machine import write_result
 
 from divergent_tokens.calibrated import ready_plan, ready_schemes
@@ -125,10 +126,7 @@ def measured(
     for candidate in comparison.candidates:
         metrics = candidate.metrics.to_json()
         found[candidate.name] = {
-            **{
-                name: {k: metrics[name][k] for k in ("value", "low", "high")}
-                for name in ("fdt", "sdt", "kl", "dppl")
-            },
+            **estimates(metrics, "fdt", "sdt", "kl", "dppl"),
             "ppl": metrics["ppl"],
             "schemes": plans[candidate.name].name,
         }

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from divergent_tokens.compress.plan_file import PlanFile
-from divergent_tokens.measure.prompts import read_prompts
-from divergent_tokens.models import load_model
+from divergent_tokens.measure.prompts import PromptSet, read_prompts
+from divergent_tokens.models import Model, load_model
 from divergent_tokens.search.held_out import measure_plans
 from divergent_tokens.sensitivities import Sensitivities
 from divergent_tokens.store import default_cache
@@ -24,10 +24,8 @@ def held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=default_cache())
 
 
-def measure(
-    arguments: argparse.Namespace, sweep: Sensitivities, plans: Mapping[str, Mapping[str, str]]
-) -> dict[str, dict[str, Any]]:
-    """KL, SDT, FDT of plans (component -> scheme), by name, on held-out prompts."""
+def held_out(arguments: argparse.Namespace, sweep: Sensitivities) -> tuple[Model, PromptSet]:
+    """The sweep's base, and prompts that it did not use."""
     run = sweep.run
     base = load_model(run["base"]["reference"], dtype=run["dtype"], cache=arguments.cache)
     prompts = read_prompts(
@@ -38,6 +36,20 @@ def measure(
         skip=run["prompts"]["skipped"] + len(sweep.prompts),
         cache=arguments.cache,
     )
+    return base, prompts
+
+
+def estimates(metrics: Mapping[str, Any], *names: str) -> dict[str, dict[str, float]]:
+    """Values and their intervals of some metrics, by name."""
+    return {name: {k: metrics[name][k] for k in ("value", "low", "high")} for name in names}
+
+
+def measure(
+    arguments: argparse.Namespace, sweep: Sensitivities, plans: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """KL, SDT, FDT of plans (component -> scheme), by name, on held-out prompts."""
+    run = sweep.run
+    base, prompts = held_out(arguments, sweep)
     found = measure_plans(
         base,
         {name: PlanFile(run["base"], schemes, 0, 0) for name, schemes in plans.items()},
@@ -50,10 +62,4 @@ def measure(
         progress=lambda stage, done, total, _: done == total and print(stage, flush=True),
     )
     assert not any(step["overlap"] for step in found.values())
-    return {
-        name: {
-            metric: {k: step["metrics"][metric][k] for k in ("value", "low", "high")}
-            for metric in ("kl", "sdt", "fdt")
-        }
-        for name, step in found.items()
-    }
+    return {name: estimates(step["metrics"], "kl", "sdt", "fdt") for name, step in found.items()}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from joint import held_out_arguments
+from joint import estimates, held_out, held_out_arguments
 from machine import write_result
 from probed import run_of
 
@@ -19,10 +19,10 @@ from divergent_tokens.candidates import lent_candidates, model_candidates
 from divergent_tokens.compress.checkpoint import write_checkpoint
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.plan_file import PlanFile
-from divergent_tokens.compress.recipes import Tool, recipe
+from divergent_tokens.compress.recipes import recipe
+from divergent_tokens.compress.tools import Tool
 from divergent_tokens.measure.comparison import compare
-from divergent_tokens.measure.prompts import read_prompts
-from divergent_tokens.models import load_model, outline_model
+from divergent_tokens.models import outline_model
 from divergent_tokens.search.budgets import Budget, Unit
 from divergent_tokens.search.search import search
 from divergent_tokens.search.settings import Method, Settings
@@ -104,15 +104,7 @@ def measured(
     others: Mapping[str, Path],
 ) -> dict[str, Any]:
     run = sweep.run
-    base = load_model(run["base"]["reference"], dtype=run["dtype"], cache=arguments.cache)
-    prompts = read_prompts(
-        arguments.prompts or run["prompts"]["source"],
-        base,
-        n_prompts=arguments.n_prompts or len(sweep.prompts),
-        prefix=run["prompts"]["prefix"],
-        skip=run["prompts"]["skipped"] + len(sweep.prompts),
-        cache=arguments.cache,
-    )
+    base, prompts = held_out(arguments, sweep)
     components = find_components(base.network)
     files = {name: PlanFile(run["base"], plan, 1, 2).plan() for name, plan in plans.items()}
     loaded = model_candidates(*map(str, others.values()), dtype=base.dtype, device=base.device)
@@ -128,10 +120,7 @@ def measured(
         cache=arguments.cache,
     )
     return {
-        candidate.name: {
-            metric: {k: candidate.metrics.to_json()[metric][k] for k in ("value", "low", "high")}
-            for metric in ("kl", "sdt", "fdt")
-        }
+        candidate.name: estimates(candidate.metrics.to_json(), "kl", "sdt", "fdt")
         for candidate in comparison.candidates
     }
 
