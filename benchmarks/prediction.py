@@ -5,7 +5,9 @@ law's constants come from the sweep's measured components alone, and from half o
 """
 
 import argparse
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,16 @@ def main() -> None:
         plans[name] = dict(found.offer.components)
         forecast = found.offer.forecast
         sums[name] = {"sum": forecast.kl, "joint": forecast.kl_joint, "own": forecast.optimistic_kl}
-    measured = measure(arguments, sweep, plans)
-    rows = [{"plan": name, "n": len(plans[name]), **sums[name], **measured[name]} for name in plans]
+    before = (
+        json.loads(arguments.measured.read_text(encoding="utf-8")) if arguments.measured else {}
+    )
+    measured = {row["plan"]: row for row in before.get("rows", [])}
+    measured = measured or measure(arguments, sweep, plans)
+    rows = [
+        {"plan": name, "n": len(plans[name]), **sums[name]}
+        | {metric: measured[name][metric] for metric in ("kl", "sdt", "fdt")}
+        for name in plans
+    ]
     half = [row for row in rows if row["plan"].startswith("random")][::2]
     laws = {
         "components": fit(measured_readings(sweep)),
@@ -55,6 +65,7 @@ def main() -> None:
     result = {
         "base": sweep.run["base"]["reference"],
         "run": run_of(sweep),
+        "measured_by": {key: before[key] for key in ("command", "device") if before},
         "laws": {name: law.to_json() for name, law in laws.items()},
         "rows": rows,
     }
@@ -131,6 +142,7 @@ def parse() -> argparse.Namespace:
     held_out_arguments(parser)
     parser.add_argument("--random", type=int, default=50, metavar="N")
     parser.add_argument("--chosen", type=int, default=20, metavar="N")
+    parser.add_argument("--measured", type=Path, help="an earlier result: predict anew, only")
     return parser.parse_args()
 
 

@@ -338,3 +338,15 @@ def test_kl_by_hand():
     residuals = np.array([1 - 0.3 * 2, 0.5 - 0.3 * 3])
     assert error == pytest.approx(np.sqrt(2 * (residuals**2).sum()) / 5)
     assert kl_of(draws[:1], np.array([2]))[1] is None
+
+
+@pytest.mark.parametrize("scheme", ["int4", "w8a8"])
+def test_either_way_of_adding_up_gives_the_same_draws(scheme, monkeypatch):
+    # Few schemes: what each moves, token by token; many: one matrix a prompt for all of them.
+    base = runs.model()
+    components, completions = find_components(base.network), completed(base)
+    schemes = [parse_scheme(scheme), parse_scheme("int3")]
+    moved = probe(base, components, schemes, completions).draws
+    monkeypatch.setitem(backward.OPERATIONS_A_BYTE, "float", 0)
+    products = probe(base, components, schemes, completions).draws
+    np.testing.assert_allclose(products, moved, rtol=1e-4, atol=1e-4 * np.abs(moved).max())

@@ -20,15 +20,22 @@ from divergent_tokens.models import Model
 
 PRODUCT_BYTES = 512 * 2**20
 """Size of the float32 products [prompt, out, in] of one component that are held at once."""
+OPERATIONS_A_BYTE = {"half": 300, "float": 20}
+"""How much arithmetic takes as long as moving a byte: on tensor cores, and elsewhere."""
 
 
 class Sums:
     """The s of one batch, added up while its gradients pass by."""
 
     def __init__(
-        self, base: Model, components: Sequence[Component], schemes: Sequence[Scheme], n_draws: int
+        self,
+        base: Model,
+        components: Sequence[Component],
+        schemes: Sequence[Scheme],
+        n_draws: int,
+        n_tokens: int,
     ) -> None:
-        """For these components and schemes; nothing is hooked before `watching`."""
+        """For prompts with completions of so many tokens; nothing is hooked before `watching`."""
         self.base = base
         self.components = components
         self.schemes = schemes
@@ -37,7 +44,14 @@ class Sums:
         """Which set of labels the gradients that come in belong to."""
         self.head_rows: Tensor | None = None
         """While a chunk of the head runs: each of its tokens' row in the batch. [token]"""
-        self.changes = Changes(base.network, components, schemes)
+        fast = base.device.type == "cuda" and base.dtype in (torch.bfloat16, torch.float16)
+        balance = OPERATIONS_A_BYTE["half" if fast else "float"]
+        self.moves = (len(schemes) - 1) * n_tokens < 4 * balance
+        """Whether each scheme's dz is made; else one matrix for all schemes, see `_add_whole`."""
+        self.dtype = base.dtype if fast and self.moves else torch.float32
+        """Of changes and products; sums are float32."""
+        self.changes = Changes(base.network, components, schemes, self.dtype)
+        self._ends = [i for i, component in enumerate(components) if component.is_end]
 
     def start(self, ids: Tensor) -> None:
         """A batch [prompt, token] begins."""
@@ -74,8 +88,8 @@ class Sums:
         if not torch.is_grad_enabled():
             return output
         self.leaf = output.detach().requires_grad_(True)
-        for i, component in enumerate(self.components):
-            if module in _modules(self.base.network, component):
+        for i in self._ends:
+            if module in _modules(self.base.network, self.components[i]):
                 _watch(self.leaf, partial(self._add_embedding, i, module, inputs[0]))
         return self.leaf
 
@@ -103,38 +117,65 @@ class Sums:
         return out
 
     def _add_whole(self, i: int, x: Tensor, delta: Tensor) -> None:
-        """All tokens of all prompts, in order: s = ⟨Σ_t δ_t x_tᵀ, ΔW⟩, one product for all schemes.
+        """All tokens of all prompts, in order.
 
-        Where a scheme quantizes the inputs too, dz = W′ x′ − W x = ΔW x′ + W (x′ − x).
+        Either s = Σ_t ⟨δ_t, ΔW x_t⟩ scheme by scheme, or s = ⟨Σ_t δ_t x_tᵀ, ΔW⟩ with one product
+        for all schemes, but of the size of ΔW for each prompt: what takes less time.
         """
         n_prompts = len(self.ids)
         x = x.reshape(n_prompts, -1, x.shape[-1])  # [prompt, token, in]
         delta = delta.reshape(n_prompts, -1, delta.shape[-1])  # [prompt, token, out]
+        add = self._add_moves if self.moves else self._add_products
+        for activations, schemes in self._by_activations().items():
+            add(i, x, delta, activations, schemes)
+
+    def _add_moves(
+        self, i: int, x: Tensor, delta: Tensor, activations: Activations | None, schemes: list[int]
+    ) -> None:
+        gradients = delta.to(self.dtype)
+        for j, dz in self._moves(i, x, activations, schemes):
+            values = dz.mul_(gradients).sum((1, 2), dtype=torch.float32)
+            self._found[self.draw, i, j] += values
+
+    def _moves(
+        self, i: int, x: Tensor, activations: Activations | None, schemes: list[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Schemes with dz, x [..., in] -> [..., out].
+
+        Where a scheme quantizes the inputs too, dz = W′ x′ − W x = ΔW x′ + W (x′ − x).
+        """
+        changed = x if activations is None else activations.quantize(x)
+        moved = None
+        if activations is not None:
+            weight = weight_of(self.base.network, self.components[i]).to(self.dtype)
+            moved = (changed.float() - x.float()).to(self.dtype) @ weight.t()
+        changes = self.changes.of(i)
+        for j in schemes:
+            dz = changed.to(self.dtype) @ changes[j].t()
+            yield j, dz if moved is None else dz.add_(moved)
+
+    def _add_products(
+        self, i: int, x: Tensor, delta: Tensor, activations: Activations | None, schemes: list[int]
+    ) -> None:
         changes = self.changes.of(i)  # [scheme, out, in]
         n = max(1, PRODUCT_BYTES // (4 * changes[0].numel()))
-        for activations, schemes in self._by_activations().items():
-            for a in range(0, n_prompts, n):
-                part, gradient = x[a : a + n], delta[a : a + n]
-                changed = part if activations is None else activations.quantize(part)
-                values = _inner(_outer(gradient, changed), changes[schemes])
-                if activations is not None:
-                    weight = weight_of(self.base.network, self.components[i]).float()
-                    moved = changed.float() - part.float()
-                    values = values + _inner(_outer(gradient, moved), weight[None])
-                self._found[self.draw, i, schemes, a : a + n] += values
+        for a in range(0, len(x), n):
+            part, gradient = x[a : a + n], delta[a : a + n]
+            changed = part if activations is None else activations.quantize(part)
+            values = _inner(_outer(gradient, changed), changes[schemes])
+            if activations is not None:
+                weight = weight_of(self.base.network, self.components[i]).float()
+                moved = changed.float() - part.float()
+                values = values + _inner(_outer(gradient, moved), weight[None])
+            self._found[self.draw, i, schemes, a : a + n] += values
 
     def _add_rows(self, i: int, x: Tensor, delta: Tensor, prompts: Tensor) -> None:
         """Some tokens [token, in] of prompts [token]: s token by token, then summed by prompt."""
-        delta = delta.reshape(len(x), -1).float()
-        changes = self.changes.of(i)
+        delta = delta.reshape(len(x), -1).to(self.dtype)
         for activations, schemes in self._by_activations().items():
-            changed = x if activations is None else activations.quantize(x)
-            for j in schemes:
-                dz = changed.float() @ changes[j].t()
-                if activations is not None:
-                    weight = weight_of(self.base.network, self.components[i]).float()
-                    dz += (changed.float() - x.float()) @ weight.t()
-                self._found[self.draw, i, j].index_add_(0, prompts, (dz * delta).sum(-1))
+            for j, dz in self._moves(i, x, activations, schemes):
+                values = dz.mul_(delta).sum(-1, dtype=torch.float32)
+                self._found[self.draw, i, j].index_add_(0, prompts, values)
 
     def _add_experts(self, inputs: ExpertInputs, delta: Tensor) -> None:
         """All rows of all experts of a part: one grouped product for each scheme."""
@@ -146,12 +187,14 @@ class Sums:
         for j, scheme in enumerate(self.schemes):
             changed = x if scheme.activations is None else scheme.activations.quantize(x)
             changes = self.changes.of_experts(inputs.stack, inputs.part, j)  # [expert, out, in]
-            dz = grouped_product(changed.float(), changes, inputs.counts)
+            dz = grouped_product(changed.to(self.dtype), changes, inputs.counts)
             if scheme.activations is not None:
-                weights = self.changes.weights_of_experts(inputs.stack, inputs.part)
-                dz += grouped_product(changed.float() - x.float(), weights, inputs.counts)
-            values = dz.new_zeros(len(inputs.counts) * n_prompts)
-            values.index_add_(0, places, (dz * delta.float()).sum(-1))
+                weights = self.changes.weights_of_experts(inputs.stack, inputs.part).to(self.dtype)
+                moved = (changed.float() - x.float()).to(self.dtype)
+                dz += grouped_product(moved, weights, inputs.counts)
+            values = dz.new_zeros(len(inputs.counts) * n_prompts, dtype=torch.float32)
+            rows = dz.mul_(delta.to(self.dtype)).sum(-1, dtype=torch.float32)
+            values.index_add_(0, places, rows)
             self._found[self.draw, which, j] += values.view(-1, n_prompts)[experts]
 
     def _add_embedding(self, i: int, module: nn.Module, ids: Tensor, delta: Tensor) -> None:

@@ -66,8 +66,9 @@ def probe(
 ) -> Probe:
     """The draws of all components under all schemes, `n_draws` sets of labels a prompt.
 
-    Changes and draws are computed in float32 whatever the model runs in. The changes of one
-    component live at once, and `KEPT_BYTES` of others. The labels depend on the seed, the prompt
+    Changes and sums are computed in float32 whatever the model runs in; products too, but on a GPU
+    with few schemes in the model's own dtype. The changes of one component live at once, and
+    `KEPT_BYTES` of others. The labels depend on the seed, the prompt
     and the number of the draw alone.
 
     Raises SchemeError where a scheme does not fit a component, and ModelError where a component
@@ -79,7 +80,8 @@ def probe(
     size = BatchSize(batch_size or FIRST_TRY.get(base.device.type, FIRST_TRY["cpu"]))
     if any(c.expert is not None and c.stack_index is None for c in components):
         size.value = 1  # modules of their own, which see some tokens of all prompts together
-    sums = Sums(base, components, schemes, n_draws)
+    longest = max(map(len, completions.sequences()))
+    sums = Sums(base, components, schemes, n_draws, longest)
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0

@@ -267,6 +267,15 @@ def test_above_the_limit_there_is_a_reason_and_no_number():
     assert predict(draw_margins(5, 9), KL_LIMIT).reason is None
 
 
+def test_above_the_limit_nothing_is_read_off():
+    # A plan that wrecks the model would count for most: it has the most divergences.
+    margins = draw_margins()
+    fine, wrecked = readings(margins, [(KL_LIMIT, 0.2, 5.0), (KL_LIMIT * 1.01, 0.2, 5.0)])
+    assert fine.sdt is not None
+    assert wrecked == Reading(None, None, 0.0, 0.0)
+    assert fit([fine, wrecked]) == fit([fine])
+
+
 def test_predictions_fall_as_the_kl_rises():
     margins = draw_margins(20, 30)
     found = [predict(margins, kl) for kl in (1e-4, 1e-3, 1e-2, 1e-1)]

@@ -6,7 +6,7 @@ from scipy.special import log_softmax
 import runs
 import tiny
 from divergent_tokens.errors import ModelError, PromptError
-from divergent_tokens.measure import perplexity as module
+from divergent_tokens.measure import scores
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.perplexity import perplexity, read_text
 
@@ -52,7 +52,7 @@ def test_batches_and_chunks_change_nothing(monkeypatch):
     model = runs.model()
     head = find_head(model.network)
     whole = perplexity(model, head, TEXT, window=16)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * model.vocabulary_size)
+    monkeypatch.setitem(scores.CHUNK_BYTES, "cpu", 3 * 4 * model.vocabulary_size)
     for size in (1, 3):
         again = perplexity(model, head, TEXT, window=16, batch_size=size)
         np.testing.assert_allclose(again.nats, whole.nats, rtol=1e-4, atol=1e-5)

@@ -148,9 +148,9 @@ def test_batch_size_order_and_chunks_change_nothing(architecture, monkeypatch):
         ),
         expected,
     )
-    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * base.vocabulary_size)  # three tokens
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 3 * 4 * base.vocabulary_size)  # three tokens
     agree(runs.scored(base, candidate, completions, n_batch=5), expected)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 1)
     agree(runs.scored(base, candidate, completions, n_batch=5), expected)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,20 +17,22 @@ KEPT_BYTES = 2 * 2**30
 
 
 class Changes:
-    """The changes of a network's components under schemes, in float32 whatever it runs in."""
+    """The changes of a network's components under schemes, computed in float32."""
 
     def __init__(
         self,
         network: PreTrainedModel,
         components: Sequence[Component],
         schemes: Sequence[Scheme],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Nothing is made yet."""
+        """Nothing is made yet; the differences will be rounded to this dtype."""
         self.network = network
         self.components = components
         self.schemes = schemes
-        self.relative_errors = np.full((len(components), len(schemes)), np.nan)
-        """‖ΔW‖ / ‖W‖, Frobenius, of those that were made. [component, scheme]"""
+        self.dtype = dtype
+        shape = (len(components), len(schemes))
+        self._errors = torch.full(shape, torch.nan, dtype=torch.float64, device=network.device)
         self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         for i, component in enumerate(components):
             if component.stack_index is not None:
@@ -37,27 +40,36 @@ class Changes:
         self._kept: dict[int | tuple[str, str, int], Tensor] = {}
         self._kept_bytes = 0
 
+    @property
+    def relative_errors(self) -> NDArray[np.float64]:
+        """‖ΔW‖ / ‖W‖, Frobenius, of those that were made. [component, scheme]"""
+        found: NDArray[np.float64] = self._errors.cpu().numpy()
+        return found
+
     def members(self, stack: str, part: str) -> Mapping[int, int]:
         """Expert -> component, of a part (gate_proj, ...) of a stack; empty if none was chosen."""
         return self._experts.get((stack, part), {})
 
     @torch.no_grad()
     def of(self, i: int) -> Tensor:
-        """ΔW of one component under every scheme, float32. [scheme, out, in]"""
+        """ΔW of one component under every scheme. [scheme, out, in]"""
         if i in self._kept:
             return self._kept[i]
         component = self.components[i]
         weight = weight_of(self.network, component)
-        changes = torch.stack(
-            [s.compress(weight, component).float() - weight.float() for s in self.schemes]
-        )
-        self.relative_errors[i] = _relative(changes, weight[None]).cpu()
+        before = weight.float()
+        size = _norm(before)
+        changes = before.new_empty((len(self.schemes), *weight.shape), dtype=self.dtype)
+        for j, scheme in enumerate(self.schemes):
+            change = scheme.compress(weight, component).float().sub_(before)
+            self._errors[i, j] = _norm(change) / size
+            changes[j] = change
         self._keep(i, changes)
         return changes
 
     @torch.no_grad()
     def of_experts(self, stack: str, part: str, j: int) -> Tensor:
-        """ΔW of a part of all experts under one scheme, float32. [expert, out, in]"""
+        """ΔW of a part of all experts under one scheme. [expert, out, in]"""
         key = (stack, part, j)
         if key in self._kept:
             return self._kept[key]
@@ -75,7 +87,8 @@ class Changes:
                 changed[expert] = scheme.compress(weight, component).float()
         changes = changed - weights
         experts, which = list(members), list(members.values())
-        self.relative_errors[which, j] = _relative(changes, weights)[experts].cpu()
+        self._errors[which, j] = (_norm(changes) / _norm(weights))[experts]
+        changes = changes.to(self.dtype)
         self._keep(key, changes)
         return changes
 
@@ -96,8 +109,8 @@ class Changes:
             self._kept_bytes += n_bytes
 
 
-def _relative(changes: Tensor, weights: Tensor) -> Tensor:
-    """‖ΔW‖ / ‖W‖, NaN for a matrix of zeros: [..., out, in] -> [...]."""
-    norm = torch.linalg.matrix_norm
-    errors: Tensor = norm(changes.double()) / norm(weights.double())
-    return errors
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius, [..., out, in] -> [...]: rows in float32, which is 20 times as fast."""
+    rows = torch.linalg.vector_norm(matrix, dim=-1)
+    found: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    return found

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,19 @@ class Comparison:
     rounding: Metrics
     """The base after a flip of the lowest bits of its first layer."""
     candidates: tuple[CandidateResult, ...]
-    pairs: tuple[Pair, ...]
+    level: float
     seed: int
     command: tuple[str, ...] = ()
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every two candidates; found when asked for, since a hundred plans make 4,950 pairs."""
+        return compare_pairs(
+            {found.name: np.array([row.fdt for row in found.rows]) for found in self.candidates},
+            self.completions.lengths,
+            level=self.level,
+            seed=self.seed,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values in the form of the JSON Schema that comes with the package."""
@@ -177,12 +188,7 @@ def compare(
         noise_floor=floor,
         rounding=rounding,
         candidates=tuple(results),
-        pairs=compare_pairs(
-            {result.name: np.array([row.fdt for row in result.rows]) for result in results},
-            completions.lengths,
-            level=level,
-            seed=seed,
-        ),
+        level=level,
         seed=seed,
         command=tuple(command),
     )
@@ -212,7 +218,8 @@ class _Run:
     def candidate(self, name: str, candidate: AbstractContextManager[Model]) -> CandidateResult:
         """Its own frame, so that no name holds one candidate while the next is loaded."""
         with candidate as model:
-            check_same_vocabulary(self.base, model)
+            if model.network is not self.base.network:
+                check_same_vocabulary(self.base, model)
             if model.device != self.base.device:
                 raise ModelError(
                     f"candidate {name} is on {model.device} and the base on {self.base.device}; "

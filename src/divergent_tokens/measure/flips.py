@@ -199,8 +199,8 @@ def readings(
 ) -> tuple[Reading, ...]:
     """The constants that candidates ask for, each measured on these prompts as KL, SDT, FDT.
 
-    KL in nats per token. The law is inverted through a table of 300 values of σ, to a few parts in
-    ten thousand.
+    KL in nats per token; above `KL_LIMIT` nothing is read off, since nothing is predicted there.
+    The law is inverted through a table of 300 values of σ, to a few parts in ten thousand.
     """
     padded, there = _padded(margins)
     sigmas = np.geomspace(*_SIGMA_RANGE, _N_SIGMAS)
@@ -211,7 +211,7 @@ def readings(
     n_tokens = int(there.sum())
 
     def read(kl: float, sdt: float, fdt: float) -> Reading:
-        if kl <= 0:
+        if not 0 < kl <= KL_LIMIT:
             return Reading(None, None, 0.0, 0.0)
         from_sdt = _crossing(sigmas, by_sdt, sdt)
         from_fdt = _crossing(sigmas, -by_fdt, -fdt)

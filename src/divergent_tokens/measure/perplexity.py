@@ -15,7 +15,7 @@ from divergent_tokens.measure.batches import BatchSize, first_batch_size, run_ba
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.intervals import estimate_ratio
 from divergent_tokens.measure.progress import Progress, silent
-from divergent_tokens.measure.scores import CHUNK_BYTES
+from divergent_tokens.measure.scores import chunk_tokens
 from divergent_tokens.models import Model
 
 WINDOW = 512
@@ -108,7 +108,7 @@ def perplexity(
 def _nats(head: Head, ids: Tensor) -> Tensor:
     hidden = head.hidden(ids)[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
-    n = max(1, CHUNK_BYTES // (4 * head.logits(hidden[:1]).shape[1]))
+    n = chunk_tokens(head, hidden)
     nats = [
         torch.nn.functional.cross_entropy(
             head.logits(hidden[a : a + n]), targets[a : a + n], reduction="none"

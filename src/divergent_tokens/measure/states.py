@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,27 @@ class States:
     """Where each prompt's tokens begin, and the end of the last. [prompt + 1]"""
     batch_size: int
     """With how many sequences at once they were made: candidates run in the same shapes."""
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def of(self, prompt: int, device: torch.device) -> Tensor:
         """One prompt's hidden states [token, hidden]."""
         rows = torch.from_numpy(
             np.array(self.array[self.offsets[prompt] : self.offsets[prompt + 1]])
         )
-        return (rows.view(torch.bfloat16) if rows.dtype == torch.uint16 else rows).to(device)
+        return _from_bits(rows).to(device)
+
+    def of_batch(self, prompts: Sequence[int], device: torch.device) -> Tensor:
+        """Several prompts' hidden states, one after the other. [token, hidden]"""
+        rows = np.concatenate([np.arange(*self.offsets[i : i + 2]) for i in prompts])
+        if device.type == "cpu":
+            return _from_bits(torch.from_numpy(self.array[rows]))
+        return self._on(device)[torch.from_numpy(rows).to(device)]
+
+    def _on(self, device: torch.device) -> Tensor:
+        """All of them on an accelerator, where they stay: every candidate is held against them."""
+        if device not in self._placed:
+            self._placed[device] = _from_bits(torch.from_numpy(np.array(self.array))).to(device)
+        return self._placed[device]
 
 
 @torch.no_grad()
@@ -138,9 +152,8 @@ def completion_states(
         hidden[row, start : start + int(completions.lengths[i])]
         for row, (i, start) in enumerate(zip(batch, starts, strict=True))
     ]
-    for states in rows:
-        if not torch.isfinite(states).all():
-            raise ModelError(not_finite(model, ids))
+    if not torch.isfinite(torch.cat(rows)).all():  # once a batch: an accelerator waits for it
+        raise ModelError(not_finite(model, ids))
     return rows
 
 
@@ -171,6 +184,10 @@ def not_finite(model: Model, ids: Tensor) -> str:
         "logits. Check its weights, or run it in another --dtype (float16 overflows where bfloat16 "
         "does not)"
     )
+
+
+def _from_bits(rows: Tensor) -> Tensor:
+    return rows.view(torch.bfloat16) if rows.dtype == torch.uint16 else rows
 
 
 def _as_bits(hidden: Tensor) -> NDArray[Any]:
