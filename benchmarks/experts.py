@@ -33,7 +33,8 @@ def main() -> None:
     arguments = parse()
     schemes = [parse_scheme(text) for text in arguments.schemes]
     completions = random_completions(arguments.n_prompts)
-    models = {n: mixture(n, arguments.device) for n in arguments.experts}
+    dtype = getattr(torch, arguments.dtype)
+    models = {n: mixture(n, arguments.device, dtype) for n in arguments.experts}
     experts = {
         n: [c for c in find_components(model.network) if c.expert is not None]
         for n, model in models.items()
@@ -60,7 +61,7 @@ def main() -> None:
             f"{median / rows[0]['seconds']:.2f} times the first"
         )
     result = {
-        "model": f"Qwen3-MoE, random, {LAYERS} layers, hidden {WIDTH}",
+        "model": f"Qwen3-MoE, random, {LAYERS} layers, hidden {WIDTH}, {arguments.dtype}",
         "schemes": arguments.schemes,
         "prompts": f"{arguments.n_prompts} of {PREFIX} + {NEW_TOKENS} random tokens",
         "rows": rows,
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def mixture(n_experts: int, device: str) -> Model:
+def mixture(n_experts: int, device: str, dtype: torch.dtype) -> Model:
     width = EXPERT_WIDTHS // n_experts
     torch.manual_seed(0)
     network = Qwen3MoeForCausalLM(
@@ -87,17 +88,22 @@ def mixture(n_experts: int, device: str) -> Model:
             max_position_embeddings=256,
         )
     )
-    network.eval().requires_grad_(False).to(device)
+    network.eval().requires_grad_(False).to(device, dtype)
     return Model(network, None, f"{n_experts} experts", str(n_experts))  # type: ignore[arg-type]
 
 
-def random_completions(n_prompts: int) -> Completions:
+def random_completions(
+    n_prompts: int,
+    vocabulary: int = VOCABULARY,
+    prefix: int = PREFIX,
+    new_tokens: int = NEW_TOKENS,
+) -> Completions:
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, VOCABULARY, (n_prompts, PREFIX + NEW_TOKENS))
-    prompts = tuple(Prompt(tuple(row[:PREFIX].tolist()), "") for row in rows)
-    ids = rows[:, PREFIX:].astype(np.int32)
-    kept = PromptSet(prompts, "random", PREFIX, 0, 0)
-    return Completions(kept, ids, np.ones(ids.shape, bool), NEW_TOKENS, True)
+    rows = rng.integers(0, vocabulary, (n_prompts, prefix + new_tokens))
+    prompts = tuple(Prompt(tuple(row[:prefix].tolist()), "") for row in rows)
+    ids = rows[:, prefix:].astype(np.int32)
+    kept = PromptSet(prompts, "random", prefix, 0, 0)
+    return Completions(kept, ids, np.ones(ids.shape, bool), new_tokens, True)
 
 
 def timed(
@@ -121,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-prompts", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

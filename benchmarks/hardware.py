@@ -1,0 +1,251 @@
+"""Probe and measured sweep at the shapes of a large model, beside the obvious loop over components.
+
+Random weights in bfloat16, random prompts; the loop swaps one matrix in, runs transformers' forward
+over all prompts and takes the argmax of full logits. Some of its steps are timed, and some measured
+rows, spread over the layers; both are multiplied up to all components, which the result says.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from experts import random_completions
+from machine import machine, synchronize, write_result
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from divergent_tokens.compress.apply import lent_plan
+from divergent_tokens.compress.components import Component, find_components
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.measure.completions import Completions, complete
+from divergent_tokens.models import Model
+from divergent_tokens.probe import probe
+from divergent_tokens.sweep import sweep
+
+SHAPES = {
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    },
+}
+SCHEMES = ("int8", "int4:g64", "int3:g64", "int6:g64")
+LOOP_BATCH = 16
+"""As many prompts at once as full logits leave room for."""
+
+
+def main() -> None:
+    arguments = parse()
+    model = random_model(arguments.shapes, arguments.device)
+    components = find_components(model.network)
+    rate = product_rate(model)
+    completions = random_completions(
+        arguments.n_prompts,
+        vocabulary=SHAPES[arguments.shapes]["vocab_size"],
+        prefix=arguments.prefix,
+        new_tokens=arguments.new_tokens,
+    )
+    seconds: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    weights = torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
+
+    def note(name: str, run: Callable[[], object], n_steps: int = 1) -> None:
+        """The time of all components' work, of which so many shares are done here."""
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds[name] = (time.perf_counter() - start) * n_steps
+        if model.device.type == "cuda":
+            memory[name] = (torch.cuda.max_memory_allocated() - weights) / 2**30
+        print(f"{name:28} {seconds[name]:9.3f} s  {memory.get(name, 0):5.1f} GiB", flush=True)
+
+    some = components[:: len(components) // arguments.loop_steps][: arguments.loop_steps]
+    loop(model, some[:1], completions)  # warms up
+    note("loop", lambda: loop(model, some, completions), len(components) // len(some))
+    for name in arguments.parts:
+        PARTS[name](arguments, model, components, completions, note)
+    report(arguments, components, rate, seconds, memory)
+
+
+def random_model(shapes: str, device: str) -> Model:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        network = LlamaForCausalLM(LlamaConfig(**SHAPES[shapes]))
+    torch.set_default_dtype(torch.float32)
+    network.eval().requires_grad_(False)
+    return Model(network, None, shapes, shapes)  # type: ignore[arg-type]
+
+
+def product_rate(model: Model) -> float:
+    """Operations a second of a large product in the model's dtype."""
+    n = 8192 if model.device.type == "cuda" else 512
+    a = torch.randn(n, n, device=model.device, dtype=model.dtype)
+    for _ in range(3):
+        a @ a
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    synchronize()
+    return 10 * 2 * n**3 / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def loop(model: Model, components: list[Component], completions: Completions) -> None:
+    scheme = parse_scheme("int8")
+    rows = torch.tensor(completions.sequences(), device=model.device)
+    for component in components:
+        plan = Plan({component.name: scheme})
+        with lent_plan(model, plan, components=[component]):
+            for ids in rows.split(LOOP_BATCH):
+                logits = model.network(ids, use_cache=False).logits
+                logits[:, -completions.new_tokens - 1 : -1].argmax(-1)
+
+
+Note = Callable[..., None]
+
+
+def probes(
+    arguments: argparse.Namespace,
+    model: Model,
+    components: list[Component],
+    completions: Completions,
+    note: Note,
+) -> None:
+    few = random_completions(
+        len(completions.prompts) // 4,
+        vocabulary=model.vocabulary_size,
+        prefix=arguments.prefix,
+        new_tokens=arguments.new_tokens,
+    )
+    for prompts in (few, completions):
+        for schemes in (SCHEMES[:1], SCHEMES):
+            parsed = [parse_scheme(text) for text in schemes]
+            run = partial(
+                probe, model, components, parsed, prompts, batch_size=arguments.batch_size
+            )
+            name = f"probe, {len(prompts.prompts)} prompts, {len(schemes)} schemes"
+            if prompts is few:
+                note(f"{name}, first time", run)
+            note(name, run)
+
+
+def measured(
+    arguments: argparse.Namespace,
+    model: Model,
+    components: list[Component],
+    completions: Completions,
+    note: Note,
+) -> None:
+    some = components[:: len(components) // arguments.rows][: arguments.rows]
+    with tempfile.TemporaryDirectory() as place:
+        run = partial(
+            sweep,
+            model,
+            components,
+            [parse_scheme("int8")],
+            completions.prompts,
+            Path(place) / "sweep.db",
+            method="measure",
+            new_tokens=arguments.new_tokens,
+            ignore_eos=True,
+            cache=Path(place),
+        )
+        note("sweep, start", lambda: run(only=[]))
+        rows = [(component.name, "int8") for component in some[:2]]
+        note("sweep, two rows", lambda: run(only=rows))
+        rest = [(component.name, "int8") for component in some[2:]]
+        note("sweep, rows", lambda: run(only=rest), len(components) / len(rest))
+
+
+def generated(
+    arguments: argparse.Namespace,
+    model: Model,
+    components: list[Component],
+    completions: Completions,
+    note: Note,
+) -> None:
+    prompts = completions.prompts
+    ids = torch.tensor([prompt.ids for prompt in prompts.prompts], device=model.device)
+    default = partial(
+        model.network.generate,
+        ids,
+        max_new_tokens=arguments.new_tokens,
+        min_new_tokens=arguments.new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    note("transformers' generate", default)
+    ours = partial(complete, model, prompts, new_tokens=arguments.new_tokens, ignore_eos=True)
+    note("completions", ours)
+
+
+PARTS = {"probe": probes, "measure": measured, "generate": generated}
+
+
+def report(
+    arguments: argparse.Namespace,
+    components: list[Component],
+    rate: float,
+    seconds: dict[str, float],
+    memory: dict[str, float],
+) -> None:
+    n_weights = sum(component.n_parameters for component in components)
+    tokens = arguments.n_prompts * (arguments.prefix + arguments.new_tokens)
+    layers = 2 * n_weights * tokens
+    print(f"products: {rate / 1e12:.0f} TFLOP/s; layers' work a pass: {layers / rate:.3f} s")
+    ratios = {}
+    for name, value in seconds.items():
+        n_schemes = int(name.split(", ")[2].split()[0]) if name.startswith("probe") else 1
+        ratios[name] = seconds["loop"] * n_schemes / value
+        print(f"{name:40} {value:9.3f} s   {ratios[name]:7.1f} times the loop")
+    result = {
+        "shapes": SHAPES[arguments.shapes],
+        "n_components": len(components),
+        "prompts": f"{arguments.n_prompts} of {arguments.prefix} + {arguments.new_tokens} tokens",
+        "loop_steps": arguments.loop_steps,
+        "measured_rows": arguments.rows,
+        "product_rate": rate,
+        "layers_operations": layers,
+        "seconds": seconds,
+        "gib_beside_weights": memory,
+        "ratios": ratios,
+    }
+    print(machine()["device"], "written to", write_result(arguments.name, result, arguments.out))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", choices=SHAPES, default="7b")
+    parser.add_argument("--n-prompts", type=int, default=128)
+    parser.add_argument("--prefix", type=int, default=100)
+    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, help="of the probe")
+    parser.add_argument("--loop-steps", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", default="hardware")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
