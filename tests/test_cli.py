@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -751,3 +752,7 @@ def test_a_full_standard_output_is_one_message(place):
     assert left.returncode == 2
     assert left.stderr.count("\n") == 1
     assert "could not write to the standard output: No space left" in left.stderr
+
+
+def test_the_version(dtm):
+    assert dtm("--version").out == f"dtm {version('divergent-tokens')}\n"

@@ -120,8 +120,8 @@ def _no_weights(
     if pickles and not allow_pickle:
         return ModelError(
             f"{reference} has its weights only as pickle ({', '.join(pickles[:3])}), which can run "
-            "code when read; expected safetensors: convert them, or pass --allow-pickle "
-            "(allow_pickle=True) if you trust their author"
+            "code when read; expected safetensors: convert them, or, if you trust their author, "
+            "pass --allow-pickle (allow_pickle=True) to a command that runs the model"
         )
     others = pickles + sorted(file.name for file in folder.glob("*.safetensors"))
     expected = f"{_SAFE} or {_SAFE_INDEX}" + (f", {_PICKLE} or its index" if allow_pickle else "")

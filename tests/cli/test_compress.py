@@ -83,6 +83,14 @@ def test_json_and_markdown(dtm, place, tmp_path):
     assert "vLLM loads integers of 4 and 8 bits" in left.out
 
 
+def test_a_plan_of_nothing_is_said_to_be_one(dtm, place, tmp_path):
+    plan = json.loads((place / "int8.json").read_text()) | {"components": {}}
+    (tmp_path / "nothing.json").write_text(json.dumps(plan))
+    left = dtm("compress", place / "base", tmp_path / "nothing.json", "--out", tmp_path / "out")
+    assert left.code == 0
+    assert "names no component: this is the base as it was" in " ".join(left.out.split())
+
+
 def test_a_checkpoint_that_is_not_as_planned_ends_with_1(dtm, place, settings, tmp_path):
     out = tmp_path / "out"
     dtm("compress", place / "base", place / "int8.json", "--out", out)

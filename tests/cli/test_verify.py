@@ -71,6 +71,15 @@ def test_it_holds_what_its_plan_says(verify, copy, place, tmp_path):
     assert (record["passed"], record["command"][:2]) == (True, ["dtm", "verify"])
 
 
+def test_its_record_may_lie_beside_the_checkpoint(verify, copy):
+    out = copy / "verification.json"
+    assert verify(copy, "--out", out).code == 0
+    first = out.read_text()
+    assert verify(copy, "--out", out).code == 0
+    assert json.loads(out.read_text())["passed"]
+    assert json.loads(first)["checks"] == json.loads(out.read_text())["checks"]
+
+
 def test_a_byte_that_changed(verify, copy, tmp_path):
     file = copy / "model.safetensors"
     content = bytearray(file.read_bytes())

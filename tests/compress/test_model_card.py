@@ -1,5 +1,7 @@
 """The model card: what the hub reads, and a table that claims no more than was measured."""
 
+import dataclasses
+
 import pytest
 
 from divergent_tokens.compress.model_card import measured_table, model_card
@@ -12,6 +14,10 @@ ESTIMATE = {"value": 0.0123456, "low": 0.01, "high": 0.02, "level": 0.95}
 def plan(components=None, size_bytes=50, base_size_bytes=100):
     components = components or {"a": "int8", "b": "int4:g64", "c": "int8"}
     return PlanFile({"reference": "elsewhere"}, components, size_bytes, base_size_bytes)
+
+
+def measured(*steps):
+    return measured_table(dataclasses.replace(plan(), trail=steps))
 
 
 def card(file=None, base="org/model", packed=("pack-quantized",), measured=()):
@@ -64,7 +70,7 @@ def test_a_scheme_cannot_leave_its_cell():
 
 
 def test_the_last_measurement():
-    lines = measured_table([step(kl=ESTIMATE | {"value": 9.0}), step(kl=ESTIMATE, sdt=ESTIMATE)])
+    lines = measured(step(kl=ESTIMATE | {"value": 9.0}), step(kl=ESTIMATE, sdt=ESTIMATE))
     assert "on 32 prompts that chose nothing, over at most 64 new tokens" in lines[0]
     assert lines[2] == "| metric | value | 95 % interval |"
     assert lines[4] == "| KL, nats per token | 0.0123 | 0.01 to 0.02 |"
@@ -73,17 +79,26 @@ def test_the_last_measurement():
 
 
 def test_its_level_and_bounds_are_those_that_were_measured():
-    lines = measured_table([step(fdt={"value": 64.0, "low": 50.04, "high": None, "level": 0.9})])
+    lines = measured(step(fdt={"value": 64.0, "low": 50.04, "high": None, "level": 0.9}))
     assert lines[2] == "| metric | value | 90 % interval |"
     assert lines[4] == "| FDT, tokens until the first divergence | 64.0 | 50.0 to ? |"
 
 
 def test_prompts_that_chose_are_not_called_held_out():
-    assert "on 32 prompts of which 3 had a say" in measured_table([step(3, kl=ESTIMATE)])[0]
+    assert "on 32 prompts of which 3 had a say" in measured(step(3, kl=ESTIMATE))[0]
+
+
+def test_a_measurement_is_of_the_plan_that_it_names():
+    known = step(kl=ESTIMATE) | {"components": plan().digest, "dtype": "bfloat16"}
+    assert measured(known)[0].startswith("Against the base in bfloat16, on 32 prompts")
+    changed = plan({"a": "int8"})
+    assert changed.digest != plan().digest
+    (line,) = measured_table(dataclasses.replace(changed, trail=(known,)))
+    assert "changed after it was measured" in line
 
 
 def test_nothing_measured_is_said():
-    assert measured_table([{"step": "search"}]) == ["It was not measured on held-out prompts."]
+    assert measured({"step": "search"}) == ["It was not measured on held-out prompts."]
 
 
 @pytest.mark.parametrize(
@@ -91,4 +106,4 @@ def test_nothing_measured_is_said():
 )
 def test_another_step_than_ours_is_refused(wrong):
     with pytest.raises(RecordError, match="measure the plan again"):
-        measured_table([wrong])
+        measured(wrong)

@@ -109,7 +109,8 @@ def test_a_plan_that_does_not_hold_what_it_should(change, kind, message, tmp_pat
         (b'{"schema": ', "is no JSON"),
         (b"[" * 100_000, "is no JSON"),
         (b"[1, 2]", "holds a list; expected a plan.json"),
-        (b"SQLite format 3\x00\xff", "cannot be read"),
+        (b"SQLite format 3\x00\xff", "is a sweep, and no plan yet"),
+        (b"\xff", "cannot be read"),
     ],
 )
 def test_a_file_that_is_no_plan(content, message, tmp_path):
@@ -122,7 +123,7 @@ def test_a_file_that_is_no_plan(content, message, tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(RecordError, match=r"plan\.json does not exist; check the path"):
         read_plan(tmp_path / "plan.json")
-    with pytest.raises(RecordError, match="cannot be read"):
+    with pytest.raises(RecordError, match=r"is a folder; expected a file such as .*plan\.json"):
         read_plan(tmp_path)
 
 

@@ -69,7 +69,7 @@ def verify(
     memory. Ends with 1 if anything is not as planned.
     """
     if out:
-        check_out(out, base, folder, prompts)
+        check_out(out, base, None if _is_verification(out) else folder, prompts)
 
     from divergent_tokens import verify as verification
     from divergent_tokens.compress.checkpoint import PLAN
@@ -122,6 +122,17 @@ def verify(
     if failed:
         said = "; ".join(f"{check['name']}: {check['found']}" for check in failed)
         raise typer.Exit(say(f"{folder} is not as its plan says: {said}", FAILED))
+
+
+def _is_verification(out: Path) -> bool:
+    """Whether an earlier run wrote it, which may lie beside the checkpoint that it is about."""
+    try:
+        record = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and str(record.get("schema")).startswith(
+        "divergent-tokens/verification/"
+    )
 
 
 def _dtype(folder: Path) -> str:

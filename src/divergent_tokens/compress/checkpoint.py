@@ -103,7 +103,7 @@ def write_checkpoint(
     check_base(file, base, "the plan")
     _check_apart(base, out)
     check_folder(out, overwrite=overwrite)
-    measured = measured_table(file.trail)
+    measured = measured_table(file)
     source = _Source(base, plan, dtype)
     check_plan(plan, source.components)
     if dense:

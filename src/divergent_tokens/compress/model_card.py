@@ -66,14 +66,16 @@ def model_card(
     return "\n".join(lines)
 
 
-def measured_table(trail: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown with what was measured last of a plan.
+def measured_table(file: PlanFile) -> list[str]:
+    """Lines of Markdown with what was measured last of a plan, if the plan is still the same.
 
     Raises RecordError for a step that does not hold what `dtm search --prompts` writes.
     """
-    steps = [step for step in trail if step.get("step") == "measured"]
+    steps = [step for step in file.trail if step.get("step") == "measured"]
     if not steps:
         return ["It was not measured on held-out prompts."]
+    if steps[-1].get("components", file.digest) != file.digest:
+        return ["Its plan was changed after it was measured: nothing is known of this one."]
     try:
         return _table(steps[-1])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -89,8 +91,9 @@ def _table(step: Mapping[str, Any]) -> list[str]:
     held_out = "that chose nothing" if not overlap else f"of which {overlap} had a say in the plan"
     found = {name: metrics[name] for name in _METRICS if metrics.get(name) is not None}
     levels = {f"{100 * estimate['level']:g} %" for estimate in found.values()}
+    dtype = f" in {step['dtype']}" if "dtype" in step else ""
     return [
-        f"Against the base, on {prompts['n_prompts']} prompts {held_out}, over at most "
+        f"Against the base{dtype}, on {prompts['n_prompts']} prompts {held_out}, over at most "
         f"{prompts['new_tokens']} new tokens:",
         "",
         f"| metric | value | {', '.join(sorted(levels))} interval |",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from divergent_tokens.errors import RecordError, SchemeError
-from divergent_tokens.store import write_text
+from divergent_tokens.store import content_key, write_text
 
 if TYPE_CHECKING:
     from divergent_tokens.compress.plan import Plan
@@ -31,6 +31,11 @@ class PlanFile:
     """Of the same components in the base."""
     trail: Sequence[Mapping[str, Any]] = field(default=())
     """What was done, in order: each has its `step`, and what was predicted or measured then."""
+
+    @property
+    def digest(self) -> str:
+        """Of components and schemes: a measurement says by it what it measured."""
+        return content_key(components=dict(self.components))
 
     def plan(self) -> "Plan":
         """The plan itself. Raises SchemeError, naming the component, for an unknown scheme."""
@@ -101,7 +106,17 @@ def check_base(file: PlanFile, model: "Model | Outline", name: Path | str) -> No
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        if data.startswith(b"SQLite format 3"):
+            raise RecordError(
+                f"{path} is a sweep, and no plan yet: make one with `dtm search {path} --bits 6 "
+                "--out plan.json`"
+            )
+        text = data.decode("utf-8")
+    except IsADirectoryError as error:
+        raise RecordError(
+            f"the plan {path} is a folder; expected a file such as {path / 'plan.json'}"
+        ) from error
     except FileNotFoundError as error:
         raise RecordError(f"the plan {path} does not exist; check the path") from error
     except (OSError, UnicodeDecodeError) as error:

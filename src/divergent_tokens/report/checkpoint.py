@@ -37,6 +37,8 @@ def _sections(record: Record) -> Iterator[Section]:
 
 def notes(record: Record) -> Iterator[str]:
     """How the rest is stored, and who else loads it."""
+    if not record["schemes"]:
+        yield "The plan names no component: this is the base as it was."
     if record["dense"]:
         yield (
             f"All weights are ordinary ones in {record['dtype']}: the harm of the plan without "

@@ -75,7 +75,7 @@ def notes(record: Record) -> Iterator[str]:
             "it. Both are held against the base's own text."
         )
         yield from _note_on_overlap(record["measured"])
-    for server, found in record["servers"].items():
+    for server, found in record["servers"].items() if record["passed"] else ():
         if not found:
             yield f"By rule {server} loads such a checkpoint rightly."
         else:

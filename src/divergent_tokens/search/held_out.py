@@ -60,6 +60,8 @@ def measure_plans(
     return {
         result.name: {
             "step": "measured",
+            "components": plans[result.name].digest,
+            "dtype": str(base.dtype).removeprefix("torch."),
             "prompts": {
                 "source": prompts.source,
                 "digest": prompts.digest,
