@@ -1,11 +1,12 @@
 """Probe and measured sweep at the shapes of a large model, beside the obvious loop over components.
 
 Random weights in bfloat16, random prompts; the loop swaps one matrix in, runs transformers' forward
-over all prompts and takes the argmax of full logits. Some of its steps are timed, and some measured
-rows, spread over the layers; both are multiplied up to all components, which the result says.
+over all prompts and takes the argmax of full logits. Some of its steps are timed and multiplied up
+to all components; the measured sweep is run in full.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from experts import random_completions
 from machine import machine, synchronize, write_result
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, find_components
@@ -33,6 +34,26 @@ SHAPES = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "vocab_size": 32000,
+    },
+    "moe": {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 32000,
+    },
+    "tiny-moe": {
+        "hidden_size": 64,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 512,
     },
     "tiny": {
         "hidden_size": 64,
@@ -73,13 +94,13 @@ def main() -> None:
         seconds[name] = (time.perf_counter() - start) * n_steps
         if model.device.type == "cuda":
             memory[name] = (torch.cuda.max_memory_allocated() - weights) / 2**30
-        print(f"{name:28} {seconds[name]:9.3f} s  {memory.get(name, 0):5.1f} GiB", flush=True)
+        print(f"{name:50} {seconds[name]:9.3f} s  {memory.get(name, 0):5.1f} GiB", flush=True)
 
+    for name in arguments.parts:  # generation first: what it costs a new process shows there
+        PARTS[name](arguments, model, components, completions, note)
     some = components[:: len(components) // arguments.loop_steps][: arguments.loop_steps]
     loop(model, some[:1], completions)  # warms up
     note("loop", lambda: loop(model, some, completions), len(components) // len(some))
-    for name in arguments.parts:
-        PARTS[name](arguments, model, components, completions, note)
     report(arguments, components, rate, seconds, memory)
 
 
@@ -87,7 +108,10 @@ def random_model(shapes: str, device: str) -> Model:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        network = LlamaForCausalLM(LlamaConfig(**SHAPES[shapes]))
+        if "num_experts" in SHAPES[shapes]:
+            network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPES[shapes]))
+        else:
+            network = LlamaForCausalLM(LlamaConfig(**SHAPES[shapes]))
     torch.set_default_dtype(torch.float32)
     network.eval().requires_grad_(False)
     return Model(network, None, shapes, shapes)  # type: ignore[arg-type]
@@ -135,16 +159,26 @@ def probes(
         prefix=arguments.prefix,
         new_tokens=arguments.new_tokens,
     )
-    for prompts in (few, completions):
-        for schemes in (SCHEMES[:1], SCHEMES):
-            parsed = [parse_scheme(text) for text in schemes]
-            run = partial(
-                probe, model, components, parsed, prompts, batch_size=arguments.batch_size
-            )
-            name = f"probe, {len(prompts.prompts)} prompts, {len(schemes)} schemes"
-            if prompts is few:
-                note(f"{name}, first time", run)
-            note(name, run)
+    on = arguments.compiled
+    for prompts, compiled, schemes in itertools.product(
+        (few, completions), (False, True), (SCHEMES[:1], SCHEMES)
+    ):
+        if (compiled and not on) or (on and not compiled and prompts is completions):
+            continue
+        parsed = [parse_scheme(text) for text in schemes]
+        run = partial(
+            probe,
+            model,
+            components,
+            parsed,
+            prompts,
+            batch_size=arguments.batch_size,
+            compiled=compiled,
+        )
+        name = f"probe, {len(prompts.prompts)} prompts, {len(schemes)} schemes"
+        name += ", compiled" if compiled else ""
+        note(f"{name}, first time", run)
+        note(name, run)
 
 
 def measured(
@@ -154,7 +188,7 @@ def measured(
     completions: Completions,
     note: Note,
 ) -> None:
-    some = components[:: len(components) // arguments.rows][: arguments.rows]
+    """All components: nothing is multiplied up."""
     with tempfile.TemporaryDirectory() as place:
         run = partial(
             sweep,
@@ -166,13 +200,11 @@ def measured(
             method="measure",
             new_tokens=arguments.new_tokens,
             ignore_eos=True,
+            compiled=arguments.compiled,
             cache=Path(place),
         )
         note("sweep, start", lambda: run(only=[]))
-        rows = [(component.name, "int8") for component in some[:2]]
-        note("sweep, two rows", lambda: run(only=rows))
-        rest = [(component.name, "int8") for component in some[2:]]
-        note("sweep, rows", lambda: run(only=rest), len(components) / len(rest))
+        note("sweep, all rows", run)
 
 
 def generated(
@@ -192,12 +224,13 @@ def generated(
         do_sample=False,
         pad_token_id=0,
     )
-    note("transformers' generate", default)
     ours = partial(complete, model, prompts, new_tokens=arguments.new_tokens, ignore_eos=True)
-    note("completions", ours)
+    for again in ("", ", again"):
+        note(f"completions{again}", ours)
+        note(f"transformers' generate{again}", default)
 
 
-PARTS = {"probe": probes, "measure": measured, "generate": generated}
+PARTS = {"generate": generated, "probe": probes, "measure": measured}
 
 
 def report(
@@ -207,21 +240,23 @@ def report(
     seconds: dict[str, float],
     memory: dict[str, float],
 ) -> None:
-    n_weights = sum(component.n_parameters for component in components)
     tokens = arguments.n_prompts * (arguments.prefix + arguments.new_tokens)
-    layers = 2 * n_weights * tokens
+    shapes = SHAPES[arguments.shapes]
+    used = shapes.get("num_experts_per_tok", 1) / shapes.get("num_experts", 1)
+    n_used = sum(c.n_parameters * (1 if c.expert is None else used) for c in components)
+    layers = 2 * n_used * tokens
     print(f"products: {rate / 1e12:.0f} TFLOP/s; layers' work a pass: {layers / rate:.3f} s")
     ratios = {}
     for name, value in seconds.items():
         n_schemes = int(name.split(", ")[2].split()[0]) if name.startswith("probe") else 1
         ratios[name] = seconds["loop"] * n_schemes / value
-        print(f"{name:40} {value:9.3f} s   {ratios[name]:7.1f} times the loop")
+        print(f"{name:50} {value:9.3f} s   {ratios[name]:7.1f} times the loop")
     result = {
         "shapes": SHAPES[arguments.shapes],
         "n_components": len(components),
+        "n_weights": sum(component.n_parameters for component in components),
         "prompts": f"{arguments.n_prompts} of {arguments.prefix} + {arguments.new_tokens} tokens",
         "loop_steps": arguments.loop_steps,
-        "measured_rows": arguments.rows,
         "product_rate": rate,
         "layers_operations": layers,
         "seconds": seconds,
@@ -239,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--batch-size", type=int, help="of the probe")
     parser.add_argument("--loop-steps", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="hardware")

@@ -9,6 +9,8 @@ import torch
 
 from divergent_tokens import cli
 
+# In the background of a shell interrupts are ignored, by every process that is started from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and xdist brings its own processes
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,3 +114,8 @@ def failing_above(n: int, error: Exception) -> Callable[[PreTrainedModel], None]
         network.forward = limited
 
     return change
+
+
+def can_compile():
+    """Whether torch.compile finds what it needs."""
+    return shutil.which("g++") is not None or shutil.which("clang++") is not None

@@ -20,7 +20,7 @@ MODEL_FILES = "quiet", "hub", "vocabularies", "gguf_files", "model_files", "netw
 FLOORS = [
     {"errors"},
     {"store"},
-    {"fingerprints", "layers", "models", *MODEL_FILES},
+    {"fingerprints", "layers", "compiled", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"calibrated"},
     {"candidates", "conditions"},

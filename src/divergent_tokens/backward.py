@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from divergent_tokens.compiled import fused
 from divergent_tokens.compress.changes import Changes
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.expert_forward import ExpertInputs, grouped_product, open_experts
@@ -134,8 +135,7 @@ class Sums:
     ) -> None:
         gradients = delta.to(self.dtype)
         for j, dz in self._moves(i, x, activations, schemes):
-            values = dz.mul_(gradients).sum((1, 2), dtype=torch.float32)
-            self._found[self.draw, i, j] += values
+            self._found[self.draw, i, j] += _dots(dz, gradients)
 
     def _moves(
         self, i: int, x: Tensor, activations: Activations | None, schemes: list[int]
@@ -234,6 +234,12 @@ def _outer(delta: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == delta.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(left, x, out_dtype=torch.float32)
     return torch.bmm(left.float(), x.float())
+
+
+@fused
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products: [prompt, token, out] twice -> [prompt], added up in float32."""
+    return (a * b).sum((1, 2), dtype=torch.float32)
 
 
 def _inner(products: Tensor, changes: Tensor) -> Tensor:

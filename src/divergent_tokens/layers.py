@@ -1,5 +1,7 @@
 """The decoder layers of a network, whatever its architecture calls them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -27,3 +29,17 @@ def decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "language model"
         )
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward for a while."""
+    before = module.__dict__.get("forward")  # accelerate puts its own here
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -12,6 +12,7 @@ All components' s come from the same backward pass, which needs no gradient of a
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from divergent_tokens.backward import Sums
+from divergent_tokens.compiled import compiled_norms, compiling_pays
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
@@ -34,8 +36,10 @@ from divergent_tokens.measure.scores import chunk_tokens
 from divergent_tokens.measure.states import by_length, completion_states
 from divergent_tokens.models import Model
 
-FIRST_TRY = {"cpu": 8, "cuda": 32}
-"""Sequences at once: a backward pass needs the activations of all layers."""
+FIRST_TRY_CPU, MOST_AT_ONCE = 8, 128
+"""Sequences at once."""
+ACTIVATION_BYTES = 20 * 2**30
+"""On an accelerator: what a backward pass keeps of all layers may take so much, by estimate."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ def probe(
     n_draws: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
+    compiled: bool | None = None,
     progress: Progress = silent,
 ) -> Probe:
     """The draws of all components under all schemes, `n_draws` sets of labels a prompt.
 
     Changes and sums are computed in float32 whatever the model runs in; products too, but on a GPU
     with few schemes in the model's own dtype. The changes of one component live at once, and
-    `KEPT_BYTES` of others. The labels depend on the seed, the prompt
+    `KEPT_BYTES` of others. On a GPU, where it pays or `compiled` asks for it, what works element by
+    element is compiled. The labels depend on the seed, the prompt
     and the number of the draw alone.
 
     Raises SchemeError where a scheme does not fit a component, and ModelError where a component
@@ -77,7 +83,7 @@ def probe(
     for scheme in schemes:
         scheme.check(components)
     head = find_head(base.network)
-    size = BatchSize(batch_size or FIRST_TRY.get(base.device.type, FIRST_TRY["cpu"]))
+    size = BatchSize(batch_size or _first_batch(base, components, completions))
     if any(c.expert is not None and c.stack_index is None for c in components):
         size.value = 1  # modules of their own, which see some tokens of all prompts together
     longest = max(map(len, completions.sequences()))
@@ -85,7 +91,9 @@ def probe(
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0
-    with sums.watching():
+    if compiled is None:
+        compiled = compiling_pays(base.network, _operations(components, schemes, completions))
+    with compiled_norms(base.network, compiled), sums.watching():
         run = partial(_run, base, head, completions, sums, seed)
         for batch, found in run_batches(order, size, run):
             draws[:, :, list(batch)] = found
@@ -99,6 +107,26 @@ def probe(
         completions.lengths,
         size.value,
     )
+
+
+def _first_batch(base: Model, components: Sequence[Component], completions: Completions) -> int:
+    """With how many sequences trying starts: batches of one size, as large as may fit."""
+    if base.device.type == "cpu":
+        return FIRST_TRY_CPU
+    used = getattr(base.network.config, "num_experts_per_tok", None) or 1
+    widths = sum(sum(c.shape) for c in components if c.expert is None or c.expert < used)
+    longest = max(map(len, completions.sequences()))
+    fitting = ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize)
+    n = len(completions.prompts)
+    return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, max(1, fitting))))
+
+
+def _operations(
+    components: Sequence[Component], schemes: Sequence[Scheme], completions: Completions
+) -> float:
+    """Of all products: forward, backward, and one for each scheme."""
+    n_tokens = sum(map(len, completions.sequences()))
+    return 2.0 * (2 + len(schemes)) * n_tokens * sum(c.n_parameters for c in components)
 
 
 def kl_of(draws: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[float, float | None]:

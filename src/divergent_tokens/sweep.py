@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from divergent_tokens.compiled import compiled_layers, compiling_pays
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.plan import Plan
@@ -66,6 +67,7 @@ def sweep(
     text: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    compiled: bool | None = None,
     cache: Path | None = None,
     progress: Progress = silent,
     command: Sequence[str] = (),
@@ -77,6 +79,7 @@ def sweep(
     rather than `batch_size`. A probe's rows come all at once, at the end; measured ones one by one,
     from the first layer on. With a `text` its perplexity is measured too. `only` narrows the work
     to some pairs; with none of them a measured sweep finds the rounding floor and nothing else.
+    On a GPU, where it pays or `compiled` asks for it, measured rows run compiled layers.
 
     Raises RecordError for a file that is not ours or of another run, and SchemeError where a
     scheme does not fit a component, before any work is done.
@@ -94,9 +97,10 @@ def sweep(
         run["sources"] = sources
     run |= {"n_draws": n_draws} if method == "probe" else {"text": _digest(text)}
     resumed = resumed_run(out, run)
+    todo = _todo(set() if resumed is None else _done(out, method), components, schemes, only)
     if (
         resumed is not None
-        and not _todo(_done(out, method), components, schemes, only)
+        and not todo
         and (method == "probe" or resumed.get("rounding_kl") is not None)
     ):
         return read_sensitivities(out)
@@ -113,35 +117,46 @@ def sweep(
     if resumed is not None:
         size.value = resumed["batch_size"]
     head = find_head(base.network)
-    states = base_states(base, head, completions, batch_size=size, cache=cache, progress=progress)
-    own = score_base(base, head, completions, states)
-    run |= {
-        "completions": content_key(ids=completions.ids.tolist()),
-        "batch_size": states.batch_size,
-        "command": list(command),
-    }
-    margins = [row[:n] for row, n in zip(own.margins, completions.lengths, strict=True)]
-    with open_sensitivities(
-        out, run, list(map(_component_row, components)), _prompt_rows(prompts), margins
-    ) as writer:
-        todo = _todo(writer.done(method), components, schemes, only)
-        if method == "probe":
-            _probe(
-                base,
-                todo,
-                completions,
-                writer,
-                n_draws=n_draws,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        else:
-            layer_runs = LayerRuns(base, head, completions, batch_size=states.batch_size)
-            kept = kept_head(head, states.of(0, base.device)[:1])
-            ground = _Ground(base, head, kept, completions, states, layer_runs, text)
-            _measure(ground, own, todo, writer, seed=seed, progress=progress)
+    if compiled is None:
+        compiled = compiling_pays(base.network, _operations(todo, completions))
+    compiled = compiled and method == "measure"
+    with compiled_layers(base.network, compiled):
+        states = base_states(
+            base, head, completions, batch_size=size, cache=cache, progress=progress
+        )
+        own = score_base(base, head, completions, states)
+        run |= {
+            "completions": content_key(ids=completions.ids.tolist()),
+            "batch_size": states.batch_size,
+            "command": list(command),
+        }
+        margins = [row[:n] for row, n in zip(own.margins, completions.lengths, strict=True)]
+        with open_sensitivities(
+            out, run, list(map(_component_row, components)), _prompt_rows(prompts), margins
+        ) as writer:
+            if method == "probe":
+                _probe(
+                    base,
+                    todo,
+                    completions,
+                    writer,
+                    n_draws=n_draws,
+                    seed=seed,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+            else:
+                layer_runs = LayerRuns(base, head, completions, batch_size=states.batch_size)
+                kept = kept_head(head, states.of(0, base.device)[:1])
+                ground = _Ground(base, head, kept, completions, states, layer_runs, text)
+                _measure(ground, own, todo, writer, seed=seed, progress=progress)
     return read_sensitivities(out)
+
+
+def _operations(todo: Todo, completions: Completions) -> float:
+    """Of all measured rows' products: two a weight and token, in half of the layers on average."""
+    n_weights = sum(c.n_parameters for c in {component for component, _ in todo})
+    return float(len(todo)) * n_weights * sum(map(len, completions.sequences()))
 
 
 # --- all at once ---

@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+
+ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Not cuDNN's: it plans anew for each length of the cache, a tenth of a second a token."""
 
 
 @torch.no_grad()
@@ -38,7 +46,11 @@ def generate(
         **({"cache_implementation": "static"} if static_cache else {}),
     )
     devices = [prompt_ids.device] if prompt_ids.is_cuda else []
-    with _bare_generation_config(network), torch.random.fork_rng(devices, enabled=sample):
+    with (
+        _bare_generation_config(network),
+        torch.random.fork_rng(devices, enabled=sample),
+        sdpa_kernel(ATTENTION),
+    ):
         if sample:
             torch.manual_seed(seed)
         output: Any = network.generate(  # type: ignore[operator]

@@ -1,14 +1,14 @@
 """A network from the middle on: what comes before a changed layer is not computed again."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from divergent_tokens.layers import decoder_layers
+from divergent_tokens.layers import decoder_layers, with_forward
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
@@ -16,6 +16,8 @@ from divergent_tokens.measure.progress import silent
 from divergent_tokens.measure.states import by_length, completion_states, hidden_batches
 from divergent_tokens.models import Model
 
+CHECKED = 8
+"""Prompts on which it is checked that leaving layers out is the same computation."""
 SHARE_OF_MEMORY = 0.25
 """Kept inputs may take so much of an accelerator's free memory; else they wait on the CPU."""
 
@@ -30,7 +32,7 @@ class LayerRuns:
 
     The network's own forward runs, with the real ids: masks and positions come from it. Layers
     before the kept one give back what they are given, and the kept one takes the kept input. That
-    this is the same computation is checked, bit for bit, on the first batch; where it is not (what
+    this is the same computation is checked, bit for bit, on some prompts; where it is not (what
     some networks hand from layer to layer beside the hidden states), everything runs in full.
     """
 
@@ -56,7 +58,7 @@ class LayerRuns:
         self.refusal: str | None = None
         """Why everything runs in full; None where layers are left out."""
         try:
-            self._check(self._ids[0])
+            self._check(self._ids[0][:CHECKED])
         except Exception as error:  # whatever a network does not like: full passes always work
             self.refusal = f"{type(error).__name__}: {error}"
 
@@ -117,13 +119,13 @@ class LayerRuns:
         """
         with ExitStack() as stack:
             for i, layer in enumerate(self._layers[:start]):
-                stack.enter_context(_with_forward(layer, partial(_skip, self._n_returned[i])))
+                stack.enter_context(with_forward(layer, partial(_skip, self._n_returned[i])))
             if kept is not None:
                 layer = self._layers[start]
                 forward = partial(self._take, start, layer.forward, kept)
-                stack.enter_context(_with_forward(layer, forward))
+                stack.enter_context(with_forward(layer, forward))
             if stop is not None:
-                stack.enter_context(_with_forward(self._layers[stop], _leave))
+                stack.enter_context(with_forward(self._layers[stop], _leave))
             try:
                 return self._head.hidden(ids)
             except _Reached as reached:
@@ -169,20 +171,6 @@ class LayerRuns:
         free += held - torch.cuda.memory_allocated(hidden.device)
         taken = sum(kept.numel() * kept.element_size() for kept in self._inputs if kept.is_cuda)
         return hidden if needed < SHARE_OF_MEMORY * (free + taken) else hidden.cpu()
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another forward for a while."""
-    before = module.__dict__.get("forward")  # accelerate puts its own here
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _skip(n_returned: int | None, *args: Any, **kwargs: Any) -> Any:

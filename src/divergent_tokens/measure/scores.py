@@ -1,6 +1,7 @@
 """Per-token scores of a model on the base's completions, from one teacher-forced pass."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from divergent_tokens.compiled import fused, fusing
 from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.batches import BatchSize
 from divergent_tokens.measure.completions import Completions
@@ -177,7 +179,9 @@ def score_chunks(
         step = max(1, n * CPU_SLICE_BYTES // CHUNK_BYTES["cpu"]) if on_cpu else n
         for b in range(0, len(logits), step):
             rows = slice(b, b + step)
-            yield score_logits(logits[rows], base_logits[rows], targets[a : a + n][rows])
+            yield score_logits(
+                logits[rows], base_logits[rows], targets[a : a + n][rows], series=fusing()
+            )
 
 
 def chunk_tokens(head: Head, hidden: Tensor) -> int:
@@ -187,13 +191,18 @@ def chunk_tokens(head: Head, hidden: Tensor) -> int:
     return max(1, size // (4 * vocabulary))
 
 
-def score_logits(logits: Tensor, base_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Scores [token] of float32 logits [token, vocab] against the base's; see TokenScores."""
-    top = logits.topk(2, dim=-1)
-    argmax = logits.argmax(-1, keepdim=True)  # the lowest id of equals, which topk does not promise
+@fused
+def score_logits(
+    logits: Tensor, base_logits: Tensor, targets: Tensor, *, series: bool = False
+) -> dict[str, Tensor]:
+    """Scores [token] of float32 logits [token, vocab] against the base's; see TokenScores.
+
+    With `series` small differences go through a polynomial: expm1 compiled for a CPU is exp − 1.
+    """
+    argmax = logits.argmax(-1, keepdim=True)  # the lowest id of equals
     at = targets[:, None]
     own = logits.gather(-1, at)
-    best_other = torch.where(top.indices[:, :1] == at, top.values[:, 1:], top.values[:, :1])
+    best_other = logits.scatter(-1, at, -torch.inf).amax(-1, keepdim=True)
     q, p = logits.log_softmax(-1), base_logits.log_softmax(-1)
     return {
         "argmax_ids": argmax[:, 0],
@@ -202,11 +211,11 @@ def score_logits(logits: Tensor, base_logits: Tensor, targets: Tensor) -> dict[s
         "margins": (own - best_other)[:, 0],
         "base_logprobs": p.gather(-1, at)[:, 0],
         "base_argmax_logprobs": p.gather(-1, argmax)[:, 0],
-        **_kl_and_acceptance(p, q),
+        **_kl_and_acceptance(p, q, series=series),
     }
 
 
-def _kl_and_acceptance(p: Tensor, q: Tensor) -> dict[str, Tensor]:
+def _kl_and_acceptance(p: Tensor, q: Tensor, *, series: bool) -> dict[str, Tensor]:
     """KL(p ‖ q) and Σ min(p, q) from log-probabilities [token, vocab].
 
     As in metrics.kl: terms p (e^d − 1 − d), none negative; the sum of p (−d) would cancel.
@@ -214,8 +223,17 @@ def _kl_and_acceptance(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     """
     d = q - p
     probability, candidate = p.exp(), q.exp()
-    near = torch.expm1(d).sub_(d).mul_(probability)
+    beyond = _series(d) if series else torch.expm1(d).sub_(d)
+    near = beyond.mul_(probability)
     far = candidate - probability * (1 + d)  # p e^d could overflow; q is the same
     kl = torch.where(d.abs() < 1, near, far).clamp_(min=0).sum(-1)
     apart = (probability - candidate).abs_().sum(-1)
     return {"kl": kl.double(), "acceptance": (1 - 0.5 * apart.double()).clamp(0, 1)}
+
+
+def _series(d: Tensor) -> Tensor:
+    """e^d − 1 − d for |d| < 1, to float32's precision: d² (1/2! + d/3! + … + d¹⁰/12!)."""
+    found = torch.full_like(d, 1 / math.factorial(12))
+    for n in range(11, 1, -1):
+        found = found * d + 1 / math.factorial(n)
+    return found * d * d

@@ -12,6 +12,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from divergent_tokens.compiled import fusing
 from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
@@ -72,7 +73,7 @@ def base_states(
         device=device_name(model.device),
         attention=getattr(model.network.config, "_attn_implementation", None),
         batch_size=batch_size.value,
-        versions=[torch.__version__, transformers.__version__],
+        versions=[torch.__version__, transformers.__version__, *(["compiled"] if fusing() else [])],
         prompts=completions.prompts.digest,
         completions=content_key(ids=completions.ids.tolist(), lengths=completions.lengths.tolist()),
     )
