@@ -83,6 +83,19 @@ def test_all_is_well(base, mixed):
     assert found["sizes"].found.endswith("of the format's own (+0.00%)")
 
 
+def test_a_group_as_wide_as_a_matrix_is_a_channel(tmp_path):
+    """One scheme, two settings: of qwen3's matrices q has 32 columns and o has 64."""
+    with quietly():
+        tiny.network("qwen3").save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base", dtype="float32", device="cpu")
+    folder = written(base, tmp_path / "out", {"q": "int4:g32", "o": "int4:g32"})
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    strategies = {group["weights"]["strategy"] for group in config["config_groups"].values()}
+    assert strategies == {"channel", "group"}
+    assert failed(base, folder) == {}
+
+
 def test_dense_weights_have_no_settings(base, tmp_path):
     dense = written(base, tmp_path / "dense", {"q": "int4:g8"}, dense=True)
     assert list(checked(base, dense)) == ["config", "files"]

@@ -1,5 +1,7 @@
 """Plans that a server would not load rightly, and that it is so: transformers is tried."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -48,6 +50,33 @@ def test_what_is_refused_and_why(architecture, scheme, target, said):
     first = found(architecture, scheme, target)[0]
     assert said in str(first)
     assert first.instead
+
+
+def test_shared_experts_mostly_get_tokens_without_prompts():
+    shared = ["*.shared_expert.up_proj"]
+    first = found("qwen3-next", "w8a8", TRANSFORMERS, include=shared)[0]
+    assert "one scale for all tokens" in first.why
+    assert not any("one scale" in p.why for p in found("qwen3-next", "w8a8", VLLM, include=shared))
+    assert not any(
+        "one scale" in p.why for p in found("qwen3-next", "int8", TRANSFORMERS, include=shared)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "refused"),
+    [
+        ("falcon", "transformer.h.0.mlp.dense_h_to_4h", True),
+        ("gpt_bigcode", "transformer.h.0.mlp.c_proj", True),
+        ("gpt_bigcode", "transformer.h.0.mlp.c_fc", False),
+    ],
+)
+def test_modules_whose_weights_transformers_sets_while_it_loads(model_type, name, refused):
+    component = find_components(tiny.network("llama"))[0]
+    component = dataclasses.replace(component, name=name, model_type=model_type, parameter=name)
+    plan = {scheme: Plan({name: parse_scheme(scheme)}) for scheme in ("int8", "fp8")}
+    said = problems(plan["int8"], [component], TRANSFORMERS, dtype=torch.float32)
+    assert [p.component for p in said] == [name] * refused
+    assert not problems(plan["fp8"], [component], TRANSFORMERS, dtype=torch.float32)
 
 
 def test_embeddings_are_refused_packed_but_not_pruned():

@@ -186,13 +186,16 @@ def _settings(
     packable: Sequence[Component],
 ) -> Check:
     """Whether the config has the settings that each scheme's codes were made with, and no more."""
-    wanted: dict[str, QuantizationScheme] = {}
+    wanted: dict[tuple[str, int], QuantizationScheme] = {}
+    modules: dict[str, Packed] = {}
     for component in packable:
         scheme = plan.schemes[component.name]
-        if str(scheme) not in wanted:
+        key = str(scheme), component.shape[1]  # a group as wide as the matrix is a channel
+        if key not in wanted:
             some = torch.ones(component.shape, dtype=component.dtype)
-            wanted[str(scheme)] = scheme.packed(some, component).settings
-        part = _other_part(weights.settings(component), wanted[str(scheme)])
+            wanted[key] = scheme.packed(some, component).settings
+        modules[component.name] = Packed({}, wanted[key])
+        part = _other_part(weights.settings(component), wanted[key])
         if part is not None:
             said = f"quantization_config has other {part} for {component.name} than its plan"
             return Check("settings", False, f"{said}, {scheme}")
@@ -200,14 +203,14 @@ def _settings(
         if there != component.shape:
             said = f"{component.name} is {list(there)} by its codes"
             return Check("settings", False, f"{said}, in the base {list(component.shape)}")
-    modules = {c.name: Packed({}, wanted[str(plan.schemes[c.name])]) for c in packable}
     dense = left_dense(base.network, components, modules)
     more = _more_said(
         read_config(folder)["quantization_config"], quantization_config(modules, dense)
     )
     if more is not None:
         return Check("settings", False, f"quantization_config {more}")
-    return Check("settings", True, f"of {len(wanted)} schemes as planned")
+    n_schemes = len({scheme for scheme, _ in wanted})
+    return Check("settings", True, f"of {n_schemes} schemes as planned")
 
 
 def _other_part(found: QuantizationScheme, wanted: QuantizationScheme) -> str | None:

@@ -17,8 +17,28 @@ from divergent_tokens.compress.schemes import Magnitude, Scheme
 
 _VLLM_GROUPS = (32, 64, 128)
 """Group sizes that its kernels for weight-only integers know."""
-_SET_OUT_PROJ = ("falcon_mamba", "mamba", "mamba2")
-"""Whose `_init_weights` in transformers speaks of `module.out_proj.weight`."""
+_SET_WEIGHTS = {
+    "falcon": "",
+    "falcon_mamba": ".out_proj",
+    "gpt_bigcode": ".c_proj",
+    "mamba": ".out_proj",
+    "mamba2": ".out_proj",
+}
+"""How the modules end whose `.weight` transformers' `_init_weights` speaks of, by model type."""
+_BATCHED_SHARED = (
+    "aria_text",
+    "bailing_hybrid",
+    "deepseek_v4",
+    "dots1",
+    "exaone_moe",
+    "glm4_moe",
+    "kimi_linear",
+    "nemotron_h",
+    "sarvam_moe",
+    "solar_open",
+)
+"""Whose shared experts are given [prompt, token, hidden], as seen in transformers 5.24; those of
+others mostly [token, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +128,24 @@ def _known_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tup
     )
 
 
-def _no_mamba_out(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    own_way = component.model_type in _SET_OUT_PROJ and component.name.endswith(".out_proj")
-    if not own_way:
+def _no_set_weight(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
+    ending = _SET_WEIGHTS.get(component.model_type)
+    bytewise = scheme.activations is not None  # whose codes are called `weight`
+    if ending is None or not component.name.endswith(ending) or bytewise:
         return None
     return (
         f"transformers sets the weight of this module of {component.model_type} itself while it "
         "loads, and finds codes in its place",
-        "leave it out of the plan, or write the plan dense (--dense)",
+        "leave it out of the plan, plan w8a8 or fp8, or write the plan dense (--dense)",
     )
 
 
 def _batched_inputs(
     component: Component, scheme: Scheme, _d: torch.dtype
 ) -> tuple[str, str] | None:
-    flat = component.model_type == "opt" and component.name.endswith((".fc1", ".fc2"))
-    if not flat or scheme.activations is None:
+    opt = component.model_type == "opt" and component.name.endswith((".fc1", ".fc2"))
+    shared = ".shared_expert" in component.name and component.model_type not in _BATCHED_SHARED
+    if not (opt or shared) or scheme.activations is None:
         return None
     return (
         "this module is given [token, hidden], of which compressed-tensors makes one scale for all "
@@ -195,7 +217,7 @@ def _vllm_symmetric_experts(
 
 _COMMON: tuple[_Rule, ...] = (_packable, _no_end, _no_conv1d, _known_experts)
 _TRANSFORMERS: tuple[_Rule, ...] = (
-    _no_mamba_out,
+    _no_set_weight,
     _batched_inputs,
     _fp4_in_bf16,
     _symmetric,
