@@ -1,8 +1,8 @@
 """Probe and measured sweep at the shapes of a large model, beside the obvious loop over components.
 
-Random weights in bfloat16, random prompts; the loop swaps one matrix in, runs transformers' forward
-over all prompts and takes the argmax of full logits. Some of its steps are timed and multiplied up
-to all components; the measured sweep is run in full.
+Random weights in bfloat16 and random prompts, or a base of yours (`--base`). The loop swaps one
+matrix in, runs transformers' forward over all prompts and takes the argmax of full logits. Some of
+its steps are timed and multiplied up to all components; the measured sweep is run in full.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from divergent_tokens.compress.components import Component, find_components
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.measure.completions import Completions, complete
-from divergent_tokens.models import Model
+from divergent_tokens.measure.prompts import read_prompts
+from divergent_tokens.models import Model, load_model
 from divergent_tokens.probe import probe
 from divergent_tokens.sweep import sweep
 
@@ -70,28 +71,22 @@ LOOP_BATCH = 16
 
 def main() -> None:
     arguments = parse()
-    model = random_model(arguments.shapes, arguments.device)
+    model, completions = subject(arguments)
     components = find_components(model.network)
     rate = product_rate(model)
-    completions = random_completions(
-        arguments.n_prompts,
-        vocabulary=SHAPES[arguments.shapes]["vocab_size"],
-        prefix=arguments.prefix,
-        new_tokens=arguments.new_tokens,
-    )
     seconds: dict[str, float] = {}
     memory: dict[str, float] = {}
     weights = torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
 
-    def note(name: str, run: Callable[[], object], n_steps: int = 1) -> None:
-        """The time of all components' work, of which so many shares are done here."""
+    def note(name: str, run: Callable[[], object], times: int = 1) -> None:
+        """Seconds and memory of a run; its time counts so many times."""
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         start = time.perf_counter()
         run()
         synchronize()
-        seconds[name] = (time.perf_counter() - start) * n_steps
+        seconds[name] = (time.perf_counter() - start) * times
         if model.device.type == "cuda":
             memory[name] = (torch.cuda.max_memory_allocated() - weights) / 2**30
         print(f"{name:50} {seconds[name]:9.3f} s  {memory.get(name, 0):5.1f} GiB", flush=True)
@@ -102,6 +97,22 @@ def main() -> None:
     loop(model, some[:1], completions)  # warms up
     note("loop", lambda: loop(model, some, completions), len(components) // len(some))
     report(arguments, components, rate, seconds, memory)
+
+
+def subject(arguments: argparse.Namespace) -> tuple[Model, Completions]:
+    if arguments.base:
+        base = load_model(arguments.base)
+        prompts = read_prompts(
+            "builtin", base, n_prompts=arguments.n_prompts, prefix=arguments.prefix
+        )
+        return base, complete(base, prompts, new_tokens=arguments.new_tokens, ignore_eos=True)
+    completions = random_completions(
+        arguments.n_prompts,
+        vocabulary=SHAPES[arguments.shapes]["vocab_size"],
+        prefix=arguments.prefix,
+        new_tokens=arguments.new_tokens,
+    )
+    return random_model(arguments.shapes, arguments.device), completions
 
 
 def random_model(shapes: str, device: str) -> Model:
@@ -153,12 +164,7 @@ def probes(
     completions: Completions,
     note: Note,
 ) -> None:
-    few = random_completions(
-        len(completions.prompts) // 4,
-        vocabulary=model.vocabulary_size,
-        prefix=arguments.prefix,
-        new_tokens=arguments.new_tokens,
-    )
+    few = completions.subset(range(len(completions.prompts) // 4))
     on = arguments.compiled
     for prompts, compiled, schemes in itertools.product(
         (few, completions), (False, True), (SCHEMES[:1], SCHEMES)
@@ -241,18 +247,20 @@ def report(
     memory: dict[str, float],
 ) -> None:
     tokens = arguments.n_prompts * (arguments.prefix + arguments.new_tokens)
-    shapes = SHAPES[arguments.shapes]
+    shapes = {} if arguments.base else SHAPES[arguments.shapes]
     used = shapes.get("num_experts_per_tok", 1) / shapes.get("num_experts", 1)
     n_used = sum(c.n_parameters * (1 if c.expert is None else used) for c in components)
     layers = 2 * n_used * tokens
     print(f"products: {rate / 1e12:.0f} TFLOP/s; layers' work a pass: {layers / rate:.3f} s")
-    ratios = {}
+    ratios = {}  # of the loop over all prompts and schemes, also where a probe needs fewer prompts
     for name, value in seconds.items():
+        if not name.startswith(("probe", "sweep, all")):
+            continue
         n_schemes = int(name.split(", ")[2].split()[0]) if name.startswith("probe") else 1
         ratios[name] = seconds["loop"] * n_schemes / value
-        print(f"{name:50} {value:9.3f} s   {ratios[name]:7.1f} times the loop")
+        print(f"{name:50} {value:9.3f} s   {ratios[name]:7.1f} times the loop over all prompts")
     result = {
-        "shapes": SHAPES[arguments.shapes],
+        "base": arguments.base or {"random": shapes},
         "n_components": len(components),
         "n_weights": sum(component.n_parameters for component in components),
         "prompts": f"{arguments.n_prompts} of {arguments.prefix} + {arguments.new_tokens} tokens",
@@ -261,7 +269,7 @@ def report(
         "layers_operations": layers,
         "seconds": seconds,
         "gib_beside_weights": memory,
-        "ratios": ratios,
+        "ratios_to_the_loop_over_all_prompts": ratios,
     }
     print(machine()["device"], "written to", write_result(arguments.name, result, arguments.out))
 
@@ -269,6 +277,7 @@ def report(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", choices=SHAPES, default="7b")
+    parser.add_argument("--base", help="a real model instead, on the built-in prompts")
     parser.add_argument("--n-prompts", type=int, default=128)
     parser.add_argument("--prefix", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=100)

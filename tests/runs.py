@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,8 +113,3 @@ def failing_above(n: int, error: Exception) -> Callable[[PreTrainedModel], None]
         network.forward = limited
 
     return change
-
-
-def can_compile():
-    """Whether torch.compile finds what it needs."""
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None

@@ -1,46 +1,95 @@
 """Compiled and as written: the same numbers, and no trace of it afterwards."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import runs
-from divergent_tokens import compiled
-from divergent_tokens.compiled import compiled_layers, fused, fusing
+from divergent_tokens import compiled as module
+from divergent_tokens.compiled import (
+    as_written,
+    compiled_layers,
+    compiled_norms,
+    compiler_works,
+    compiling_pays,
+)
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.schemes import parse_scheme
-from divergent_tokens.layers import decoder_layers
+from divergent_tokens.layers import decoder_layers, operations_a_token
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.probe import probe
 from divergent_tokens.sweep import sweep
 
+CPU = torch.device("cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the compiler's own
+    WORKS = compiler_works(CPU)
 pytestmark = [
-    pytest.mark.skipif(not runs.can_compile(), reason="needs a C++ compiler"),
+    pytest.mark.skipif(not WORKS, reason="torch.compile needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the compiler's own
 ]
 SCHEMES = tuple(parse_scheme(text) for text in ("int8", "int4"))
 
 
-def test_a_sweep_of_compiled_layers_has_the_same_rows(tmp_path):
+def rows(place, scheme, on):
+    """The numbers of some components' rows, and whether layers ran compiled."""
     base = runs.model()
-    components = find_components(base.network)[:8]
+    found = sweep(
+        base,
+        find_components(base.network)[:8],
+        [parse_scheme(scheme)],
+        runs.prompts(),
+        place / f"{scheme} {on}.db",
+        method="measure",
+        new_tokens=5,
+        compiled=on,
+    )
+    table = [[r.kl, r.fdt, r.sdt, r.dppl, r.acceptance] for r in found.rows]
+    return np.array(table), found.run["compiled"]
 
-    def rows(on):
-        found = sweep(
+
+def test_a_sweep_of_compiled_layers_has_the_same_rows(tmp_path):
+    plain, _ = rows(tmp_path, "int6", False)
+    fast, ran_compiled = rows(tmp_path, "int6", True)
+    assert ran_compiled
+    assert (plain[:, 0] > 0).all()
+    np.testing.assert_allclose(fast, plain, rtol=1e-3, atol=1e-9)
+    assert not np.array_equal(fast, plain), "these kernels are the same"
+
+
+def test_inputs_are_quantized_though_layers_may_be_compiled(tmp_path):
+    # A hook inside a layer that is compiled already would not be called.
+    rows(tmp_path, "int6", True)
+    plain, _ = rows(tmp_path, "w8a8", False)
+    fast, ran_compiled = rows(tmp_path, "w8a8", True)
+    assert not ran_compiled
+    np.testing.assert_array_equal(fast, plain)
+
+
+def test_a_sweep_goes_on_as_it_began(tmp_path):
+    base = runs.model()
+    components = find_components(base.network)[:2]
+
+    def run(on, only):
+        return sweep(
             base,
             components,
-            SCHEMES,
+            SCHEMES[:1],
             runs.prompts(),
-            tmp_path / f"{on}.db",
+            tmp_path / "sweep.db",
             method="measure",
+            only=only,
             new_tokens=5,
             compiled=on,
         )
-        return np.array([[r.kl, r.fdt, r.sdt, r.dppl, r.acceptance] for r in found.rows])
 
-    plain = rows(False)
-    assert (plain[:, 0] > 0).all()
-    np.testing.assert_allclose(rows(True), plain, rtol=1e-2, atol=1e-9)
+    assert run(True, []).run["compiled"]
+    assert run(False, None).run["compiled"]
+    whole, _ = rows(tmp_path, "int8", True)
+    found = [row.kl for row in run(None, None).rows]
+    np.testing.assert_array_equal(found, whole[:2, 0])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -53,33 +102,65 @@ def test_a_compiled_probe_has_the_same_draws(architecture):
     largest = np.abs(plain.draws).max()
     np.testing.assert_allclose(fast.draws, plain.draws, rtol=1e-3, atol=1e-4 * largest)
     np.testing.assert_allclose(fast.weight_errors, plain.weight_errors, rtol=1e-5)
+    assert not np.array_equal(fast.draws, plain.draws), "these kernels are the same"
 
 
-def test_nothing_is_left_behind():
+@pytest.mark.parametrize("context", [compiled_layers, compiled_norms])
+def test_nothing_is_left_behind(context):
     network = runs.model().network
-    with compiled_layers(network, on=True):
-        assert fusing()
-        assert all("forward" in vars(layer) for layer in decoder_layers(network)[1])
-    assert not fusing()
-    assert not any("forward" in vars(module) for module in network.modules())
+
+    def changed():
+        return [module for module in network.modules() if "forward" in vars(module)]
+
+    with context(network, on=True):
+        assert changed()
+    assert not changed()
+    with pytest.raises(KeyboardInterrupt), context(network, on=True):
+        raise KeyboardInterrupt
+    assert not changed()
+    with context(network, on=False):
+        assert not changed()
 
 
-def test_where_the_compiler_fails_the_function_runs_as_it_is(monkeypatch, caplog):
-    from torch._inductor.exc import InductorError
+def test_hooks_are_called_where_the_network_runs_as_written():
+    network = runs.model().network
+    ids = torch.arange(4)[None]
+    called = []
+    inner = decoder_layers(network)[1][0].mlp
+    with torch.no_grad(), compiled_layers(network, on=True):
+        network(ids)
+        hook = inner.register_forward_hook(lambda *_: called.append(1))
+        with as_written(network):
+            network(ids)
+        hook.remove()
+    assert called == [1]
 
-    def fail(_function, **_options):
-        def run(*_args):
-            raise InductorError(RuntimeError("no compiler here"), None)
 
-        return run
+def test_where_the_compiler_fails_it_is_said_once_and_nothing_is_compiled(monkeypatch, caplog):
+    def fail(_function):
+        raise RuntimeError("no compiler here")
 
-    def twice(x):
-        return 2 * x
-
-    monkeypatch.setattr(torch, "compile", fail)
-    with compiled._fusing(True):
-        assert fused(twice)(21) == 42
-        assert fused(twice)(4) == 8
+    monkeypatch.setattr(module, "compiled", fail)
+    compiler_works.cache_clear()
+    try:
+        assert not compiler_works(CPU)
+        assert not compiler_works(CPU)
+    finally:
+        compiler_works.cache_clear()
     (said,) = caplog.messages
-    assert "twice runs uncompiled: " in said
-    assert "no compiler here" in said
+    assert said == "torch.compile does not work here, so nothing is compiled: no compiler here"
+
+
+def test_it_pays_on_a_gpu_alone():
+    assert not compiling_pays(runs.model().network, 1e30)
+
+
+def test_operations_count_the_experts_that_a_token_passes():
+    for architecture in ("llama", "qwen3-moe"):
+        network = runs.model(architecture).network
+        used = getattr(network.config, "num_experts_per_tok", 0)
+        n = sum(
+            c.n_parameters for c in find_components(network) if c.expert is None or c.expert < used
+        )
+        routers = sum(p.numel() for name, p in network.named_parameters() if "gate.weight" in name)
+        assert operations_a_token(network) == 2 * (n + (routers if used else 0))

@@ -272,6 +272,7 @@ def test_changes_that_are_not_kept_are_made_again(monkeypatch):
     kept = probe(base, components, SCHEMES, completions, batch_size=1)
     monkeypatch.setattr(changes, "KEPT_BYTES", 20_000)
     monkeypatch.setattr(backward, "PRODUCT_BYTES", 1)
+    monkeypatch.setitem(backward.OPERATIONS_A_BYTE, "float", 0)  # products, and no moves
     again = probe(base, components, SCHEMES, completions, batch_size=3)
     assert np.allclose(kept.draws, again.draws, rtol=1e-3, atol=1e-5)
     assert np.array_equal(kept.weight_errors, again.weight_errors)

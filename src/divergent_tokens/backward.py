@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from divergent_tokens.compiled import fused
+from divergent_tokens.compiled import compiled
 from divergent_tokens.compress.changes import Changes
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.expert_forward import ExpertInputs, grouped_product, open_experts
@@ -35,8 +35,13 @@ class Sums:
         schemes: Sequence[Scheme],
         n_draws: int,
         n_tokens: int,
+        *,
+        fused: bool = False,
     ) -> None:
-        """For prompts with completions of so many tokens; nothing is hooked before `watching`."""
+        """For sequences of up to so many tokens; nothing is hooked before `watching`.
+
+        `fused`: what works element by element is done by compiled kernels.
+        """
         self.base = base
         self.components = components
         self.schemes = schemes
@@ -45,13 +50,15 @@ class Sums:
         """Which set of labels the gradients that come in belong to."""
         self.head_rows: Tensor | None = None
         """While a chunk of the head runs: each of its tokens' row in the batch. [token]"""
-        fast = base.device.type == "cuda" and base.dtype in (torch.bfloat16, torch.float16)
+        # Products of gradients would underflow in float16.
+        fast = base.device.type == "cuda" and base.dtype == torch.bfloat16
         balance = OPERATIONS_A_BYTE["half" if fast else "float"]
         self.moves = (len(schemes) - 1) * n_tokens < 4 * balance
         """Whether each scheme's dz is made; else one matrix for all schemes, see `_add_whole`."""
         self.dtype = base.dtype if fast and self.moves else torch.float32
         """Of changes and products; sums are float32."""
-        self.changes = Changes(base.network, components, schemes, self.dtype)
+        self.changes = Changes(base.network, components, schemes, self.dtype, fused=fused)
+        self._dots = compiled(_dots) if fused else _dots
         self._ends = [i for i, component in enumerate(components) if component.is_end]
 
     def start(self, ids: Tensor) -> None:
@@ -135,7 +142,7 @@ class Sums:
     ) -> None:
         gradients = delta.to(self.dtype)
         for j, dz in self._moves(i, x, activations, schemes):
-            self._found[self.draw, i, j] += _dots(dz, gradients)
+            self._found[self.draw, i, j] += self._dots(dz, gradients)
 
     def _moves(
         self, i: int, x: Tensor, activations: Activations | None, schemes: list[int]
@@ -236,9 +243,8 @@ def _outer(delta: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(left.float(), x.float())
 
 
-@fused
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products: [prompt, token, out] twice -> [prompt], added up in float32."""
+    """Inner products: [prompt, token, out] twice -> [prompt]; only the sum is in float32."""
     return (a * b).sum((1, 2), dtype=torch.float32)
 
 

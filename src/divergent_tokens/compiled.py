@@ -1,17 +1,18 @@
 """Layers and arithmetic compiled for a GPU, where enough work follows to pay for it.
 
-torch.compile makes one kernel of what else are many passes over memory. It takes tens of seconds,
-once for each shape; so it is asked for by whoever knows how much there is to do.
+torch.compile makes one kernel of what else are many passes over memory. That takes some ten seconds
+for each kind of layer, so whoever knows how much there is to do says whether to.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import cache, partial
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.layers import decoder_layers, with_forward
@@ -23,29 +24,28 @@ LONG_WORK = 1e16
 """So many operations take a GPU the better part of a minute, which is what compiling takes."""
 
 _log = logging.getLogger(__name__)
-_on = [False]
-"""For all threads: a backward pass calls its hooks from one of its own."""
 
 
 def compiling_pays(network: PreTrainedModel, operations: float) -> bool:
     """Whether this network, for so many floating-point operations, should run compiled.
 
-    On a CPU it does not: products take nearly all of the time there.
+    On a CPU it should not: products take nearly all of the time there.
     """
     able = bool(getattr(network, "_can_compile_fullgraph", False))
-    return able and network.device.type == "cuda" and operations > LONG_WORK
+    pays = able and network.device.type == "cuda" and operations > LONG_WORK
+    return pays and compiler_works(network.device)
 
 
 @contextmanager
 def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
-    """The decoder's layers run compiled, and what is `fused` does, as long as the context lasts.
+    """The decoder's layers run compiled as long as the context lasts, if it is on.
 
-    Layers of one class share what is compiled. No hook may be put on what is inside a layer.
+    Layers of one class share what is compiled, for batches of any shape. A hook that is put on what
+    lies inside a layer meanwhile is not called, see `as_written`.
     """
     with ExitStack() as stack:
-        stack.enter_context(_fusing(on))
         for layer in decoder_layers(network)[1] if on else ():
-            forward = partial(_compiled(type(layer).forward), layer)
+            forward = _Compiled(compiled(type(layer).forward), layer)
             stack.enter_context(with_forward(layer, forward))
         yield
 
@@ -54,62 +54,57 @@ def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
 def compiled_norms(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """As `compiled_layers`, where layers hold hooks: only modules without a matrix are compiled."""
     with ExitStack() as stack:
-        stack.enter_context(_fusing(on))
+        stack.enter_context(warnings.catch_warnings())  # the compiler looks at every .grad
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
         for module in network.modules() if on else ():
             if _is_norm(module):
-                forward = partial(_compiled(type(module).forward), module)
+                forward = _Compiled(compiled(type(module).forward), module)
                 stack.enter_context(with_forward(module, forward))
         yield
 
 
-def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, compiled where `compiled_layers` or `compiled_norms` says so."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        found: T = (_compiled(function) if _on[-1] else function)(*args, **kwargs)
-        return found
-
-    return run
-
-
-def fusing() -> bool:
-    """Whether numbers come from compiled kernels now, which round otherwise."""
-    return _on[-1]
-
-
 @contextmanager
-def _fusing(on: bool) -> Iterator[None]:
-    _on.append(on)
-    try:
+def as_written(network: PreTrainedModel) -> Iterator[None]:
+    """The network's own forwards for a while, whatever is compiled."""
+    with ExitStack() as stack:
+        for module in network.modules():
+            if isinstance(module.__dict__.get("forward"), _Compiled):
+                forward = partial(type(module).forward, module)
+                stack.enter_context(with_forward(module, forward))
         yield
-    finally:
-        _on.pop()
+
+
+@cache
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function compiled, for tensors of any shape.
+
+    Rounding to a tensor's dtype is part of what schemes do: it is kept, where a fused kernel would
+    go on with more digits.
+    """
+    return torch.compile(function, dynamic=True, options={"emulate_precision_casts": True})
+
+
+@cache
+def compiler_works(device: torch.device) -> bool:
+    """Whether a small function can be compiled and differentiated; a warning says why not."""
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        compiled(_small)(x).backward()
+    except Exception as error:  # a compiler that is missing, or one that does not know the device
+        _log.warning("torch.compile does not work here, so nothing is compiled: %s", error)
+        return False
+    return True
+
+
+class _Compiled(partial[T]):
+    """A module's forward, known as one of ours."""
+
+
+def _small(x: Tensor) -> Tensor:
+    return (x.exp() * x).sum()
 
 
 def _is_norm(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     alone = next(module.children(), None) is None
     return bool(own) and alone and all(p.ndim == 1 for p in own)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled; as it is from the first time on that the compiler fails."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    # Rounding to the model's dtype is part of what schemes do; a fused kernel would leave it out.
-    ways = [torch.compile(function, options={"emulate_precision_casts": True}), function]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return ways[0](*args, **kwargs)
-        except (TorchDynamoException, InductorError) as error:
-            if len(ways) == 1:
-                raise
-            del ways[0]
-            _log.warning("%s runs uncompiled: %s", function.__qualname__, error)
-            return function(*args, **kwargs)
-
-    return run

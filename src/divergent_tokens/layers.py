@@ -31,6 +31,26 @@ def decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def operations_a_token(network: PreTrainedModel) -> float:
+    """Floating-point operations of all layers' products: two for each weight that a token meets."""
+    return sum(
+        2.0 * parameter.numel() * (used_experts(network) / len(parameter) if is_stack else 1.0)
+        for parameter, is_stack in layer_matrices(network)
+    )
+
+
+def layer_matrices(network: PreTrainedModel) -> Iterator[tuple[nn.Parameter, bool]]:
+    """The layers' matrices, and stacks [expert, ...] of them, which are marked."""
+    for parameter in decoder_layers(network)[1].parameters():
+        if parameter.ndim in (2, 3):
+            yield parameter, parameter.ndim == 3
+
+
+def used_experts(network: PreTrainedModel) -> int:
+    """How many routed experts of a layer each token passes."""
+    return getattr(network.config, "num_experts_per_tok", None) or 1
+
+
 @contextmanager
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module with another forward for a while."""

@@ -27,6 +27,7 @@ from divergent_tokens.backward import Sums
 from divergent_tokens.compiled import compiled_norms, compiling_pays
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.schemes import Scheme
+from divergent_tokens.layers import layer_matrices, operations_a_token, used_experts
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
@@ -71,10 +72,10 @@ def probe(
 ) -> Probe:
     """The draws of all components under all schemes, `n_draws` sets of labels a prompt.
 
-    Changes and sums are computed in float32 whatever the model runs in; products too, but on a GPU
-    with few schemes in the model's own dtype. The changes of one component live at once, and
-    `KEPT_BYTES` of others. On a GPU, where it pays or `compiled` asks for it, what works element by
-    element is compiled. The labels depend on the seed, the prompt
+    Changes and sums are computed in float32 whatever the model runs in; products too, but on a
+    GPU with few schemes those of a bfloat16 model in bfloat16. The changes of one component live at
+    once, and `KEPT_BYTES` of others. On a GPU, where it pays or `compiled` asks for it, what works
+    element by element is compiled. The labels depend on the seed, the prompt
     and the number of the draw alone.
 
     Raises SchemeError where a scheme does not fit a component, and ModelError where a component
@@ -83,16 +84,16 @@ def probe(
     for scheme in schemes:
         scheme.check(components)
     head = find_head(base.network)
-    size = BatchSize(batch_size or _first_batch(base, components, completions))
+    size = BatchSize(batch_size or _first_batch(base, completions))
     if any(c.expert is not None and c.stack_index is None for c in components):
         size.value = 1  # modules of their own, which see some tokens of all prompts together
     longest = max(map(len, completions.sequences()))
-    sums = Sums(base, components, schemes, n_draws, longest)
+    if compiled is None:
+        compiled = compiling_pays(base.network, _operations(base, len(schemes), completions))
+    sums = Sums(base, components, schemes, n_draws, longest, fused=compiled)
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0
-    if compiled is None:
-        compiled = compiling_pays(base.network, _operations(components, schemes, completions))
     with compiled_norms(base.network, compiled), sums.watching():
         run = partial(_run, base, head, completions, sums, seed)
         for batch, found in run_batches(order, size, run):
@@ -109,24 +110,25 @@ def probe(
     )
 
 
-def _first_batch(base: Model, components: Sequence[Component], completions: Completions) -> int:
+def _first_batch(base: Model, completions: Completions) -> int:
     """With how many sequences trying starts: batches of one size, as large as may fit."""
     if base.device.type == "cpu":
         return FIRST_TRY_CPU
-    used = getattr(base.network.config, "num_experts_per_tok", None) or 1
-    widths = sum(sum(c.shape) for c in components if c.expert is None or c.expert < used)
+    used = used_experts(base.network)
+    widths = sum(  # what a backward pass keeps of a token: what goes into and comes out of products
+        sum(parameter.shape[-2:]) * (used if is_stack else 1)
+        for parameter, is_stack in layer_matrices(base.network)
+    )
     longest = max(map(len, completions.sequences()))
-    fitting = ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize)
+    fitting = max(1, ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize))
     n = len(completions.prompts)
-    return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, max(1, fitting))))
+    return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, fitting)))
 
 
-def _operations(
-    components: Sequence[Component], schemes: Sequence[Scheme], completions: Completions
-) -> float:
+def _operations(base: Model, n_schemes: int, completions: Completions) -> float:
     """Of all products: forward, backward, and one for each scheme."""
     n_tokens = sum(map(len, completions.sequences()))
-    return 2.0 * (2 + len(schemes)) * n_tokens * sum(c.n_parameters for c in components)
+    return (2 + n_schemes) * n_tokens * operations_a_token(base.network)
 
 
 def kl_of(draws: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[float, float | None]:

@@ -52,7 +52,16 @@ _TABLES = (
     "run (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
 )
 
-_FREE = {"command", "batch_size", "rounding_kl", "base_dppl", "base_ppl", "passes", "settled"}
+_FREE = {
+    "command",
+    "batch_size",
+    "rounding_kl",
+    "base_dppl",
+    "base_ppl",
+    "passes",
+    "settled",
+    "compiled",
+}
 """Run keys that may differ: found out on the way, or of no effect on the rows."""
 _FREE_PARTS = {"base.reference", "base.config", "prompts.source"}
 """Parts that may differ as long as the fingerprint and the digest beside them do not."""

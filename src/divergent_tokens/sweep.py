@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.errors import DivergentTokensError, ModelError
-from divergent_tokens.layers import decoder_layers
+from divergent_tokens.layers import decoder_layers, operations_a_token
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import divergence_of, versions
 from divergent_tokens.measure.completions import Completions, complete
@@ -79,7 +79,8 @@ def sweep(
     rather than `batch_size`. A probe's rows come all at once, at the end; measured ones one by one,
     from the first layer on. With a `text` its perplexity is measured too. `only` narrows the work
     to some pairs; with none of them a measured sweep finds the rounding floor and nothing else.
-    On a GPU, where it pays or `compiled` asks for it, measured rows run compiled layers.
+    On a GPU, where it pays or `compiled` asks for it, layers (the probe: what lies between their
+    products) run compiled.
 
     Raises RecordError for a file that is not ours or of another run, and SchemeError where a
     scheme does not fit a component, before any work is done.
@@ -117,12 +118,18 @@ def sweep(
     if resumed is not None:
         size.value = resumed["batch_size"]
     head = find_head(base.network)
-    if compiled is None:
-        compiled = compiling_pays(base.network, _operations(todo, completions))
-    compiled = compiled and method == "measure"
-    with compiled_layers(base.network, compiled):
+    in_layers = method == "measure" and _compiles(
+        base, compiled, resumed, len(components) * len(schemes), schemes, completions
+    )
+    with compiled_layers(base.network, in_layers):
         states = base_states(
-            base, head, completions, batch_size=size, cache=cache, progress=progress
+            base,
+            head,
+            completions,
+            batch_size=size,
+            compiled=in_layers,
+            cache=cache,
+            progress=progress,
         )
         own = score_base(base, head, completions, states)
         run |= {
@@ -143,6 +150,7 @@ def sweep(
                     n_draws=n_draws,
                     seed=seed,
                     batch_size=batch_size,
+                    compiled=compiled,
                     progress=progress,
                 )
             else:
@@ -153,10 +161,27 @@ def sweep(
     return read_sensitivities(out)
 
 
-def _operations(todo: Todo, completions: Completions) -> float:
-    """Of all measured rows' products: two a weight and token, in half of the layers on average."""
-    n_weights = sum(c.n_parameters for c in {component for component, _ in todo})
-    return float(len(todo)) * n_weights * sum(map(len, completions.sequences()))
+def _compiles(
+    base: Model,
+    asked: bool | None,
+    resumed: Mapping[str, Any] | None,
+    n_rows: int,
+    schemes: Sequence[Scheme],
+    completions: Completions,
+) -> bool:
+    """Whether measured rows run compiled layers: as the file's have, if it has any.
+
+    Each row's products are those of half of the layers on average. Hooks that quantize inputs do
+    not reach into what is compiled.
+    """
+    if any(scheme.activations is not None for scheme in schemes):
+        return False
+    if resumed is not None and resumed.get("compiled") is not None:
+        return bool(resumed["compiled"])
+    if asked is not None:
+        return asked
+    n_tokens = sum(map(len, completions.sequences()))
+    return compiling_pays(base.network, n_rows * n_tokens * operations_a_token(base.network) / 2)
 
 
 # --- all at once ---
@@ -171,6 +196,7 @@ def _probe(
     n_draws: int,
     seed: int,
     batch_size: int | None,
+    compiled: bool | None,
     progress: Progress,
 ) -> None:
     """Rows of the probe in one transaction."""
@@ -185,6 +211,7 @@ def _probe(
         n_draws=n_draws,
         seed=seed,
         batch_size=batch_size,
+        compiled=compiled,
         progress=progress,
     )
     seconds = (time.perf_counter() - started) / len(todo)
@@ -330,6 +357,7 @@ def _floors(ground: _Ground, own: TokenScores, seed: int) -> dict[str, Any]:
         "rounding_kl": float(rounded.kl.sum() / n_tokens),
         "base_dppl": float(np.exp(base.nats.sum() / n_tokens)),
         "base_ppl": base_ppl,
+        "compiled": ground.states.compiled,
         "passes": ground.layer_runs.refusal or "from the changed layer on",
     }
 

@@ -27,7 +27,14 @@ def card(file=None, base="org/model", packed=("pack-quantized",), measured=()):
 
 def step(overlap=0, **metrics):
     prompts = {"n_prompts": 32, "new_tokens": 64}
-    return {"step": "measured", "prompts": prompts, "overlap": overlap, "metrics": metrics}
+    return {
+        "step": "measured",
+        "components_digest": plan().digest,
+        "dtype": "bfloat16",
+        "prompts": prompts,
+        "overlap": overlap,
+        "metrics": metrics,
+    }
 
 
 def test_the_front_matter_of_a_version_of_a_hub_model():
@@ -89,7 +96,7 @@ def test_prompts_that_chose_are_not_called_held_out():
 
 
 def test_a_measurement_is_of_the_plan_that_it_names():
-    known = step(kl=ESTIMATE) | {"components": plan().digest, "dtype": "bfloat16"}
+    known = step(kl=ESTIMATE)
     assert measured(known)[0].startswith("Against the base in bfloat16, on 32 prompts")
     changed = plan({"a": "int8"})
     assert changed.digest != plan().digest

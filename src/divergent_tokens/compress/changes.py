@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from divergent_tokens.compiled import fused
+from divergent_tokens.compiled import compiled
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.schemes import Scheme
 
@@ -26,12 +26,18 @@ class Changes:
         components: Sequence[Component],
         schemes: Sequence[Scheme],
         dtype: torch.dtype = torch.float32,
+        *,
+        fused: bool = False,
     ) -> None:
-        """Nothing is made yet; the differences will be rounded to this dtype."""
+        """Nothing is made yet; the differences will be rounded to this dtype.
+
+        `fused`: by compiled kernels.
+        """
         self.network = network
         self.components = components
         self.schemes = schemes
         self.dtype = dtype
+        self._change = compiled(_change) if fused else _change
         shape = (len(components), len(schemes))
         self._errors = torch.full(shape, torch.nan, dtype=torch.float64, device=network.device)
         self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
@@ -61,7 +67,7 @@ class Changes:
         size = _norm(weight)
         changes = weight.new_empty((len(self.schemes), *weight.shape), dtype=self.dtype)
         for j, scheme in enumerate(self.schemes):
-            changes[j], moved = _change(scheme, weight, component)
+            changes[j], moved = self._change(scheme, weight, component)
             self._errors[i, j] = moved / size
         self._keep(i, changes)
         return changes
@@ -108,7 +114,6 @@ class Changes:
             self._kept_bytes += n_bytes
 
 
-@fused
 def _change(scheme: Scheme, weight: Tensor, component: Component) -> tuple[Tensor, Tensor]:
     """ΔW [out, in] in float32, and its norm."""
     change = scheme.compress(weight, component).float() - weight.float()

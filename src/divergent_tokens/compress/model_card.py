@@ -74,9 +74,9 @@ def measured_table(file: PlanFile) -> list[str]:
     steps = [step for step in file.trail if step.get("step") == "measured"]
     if not steps:
         return ["It was not measured on held-out prompts."]
-    if steps[-1].get("components", file.digest) != file.digest:
-        return ["Its plan was changed after it was measured: nothing is known of this one."]
     try:
+        if steps[-1]["components_digest"] != file.digest:
+            return ["Its plan was changed after it was measured: nothing is known of this one."]
         return _table(steps[-1])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(
@@ -91,10 +91,9 @@ def _table(step: Mapping[str, Any]) -> list[str]:
     held_out = "that chose nothing" if not overlap else f"of which {overlap} had a say in the plan"
     found = {name: metrics[name] for name in _METRICS if metrics.get(name) is not None}
     levels = {f"{100 * estimate['level']:g} %" for estimate in found.values()}
-    dtype = f" in {step['dtype']}" if "dtype" in step else ""
     return [
-        f"Against the base{dtype}, on {prompts['n_prompts']} prompts {held_out}, over at most "
-        f"{prompts['new_tokens']} new tokens:",
+        f"Against the base in {step['dtype']}, on {prompts['n_prompts']} prompts {held_out}, over "
+        f"at most {prompts['new_tokens']} new tokens:",
         "",
         f"| metric | value | {', '.join(sorted(levels))} interval |",
         "| --- | --- | --- |",

@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 FIRST_TRY_CPU = 16
 FIRST_TRY_GPU = 128
+SHARE_OF_MEMORY = 0.25
+"""Of an accelerator's free memory, for what is kept for later; more of it waits on the CPU."""
 
 
 @dataclass
@@ -58,6 +60,12 @@ def _out_of_memory(error: BaseException) -> bool:
         sign in str(error)
         for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a CUDA device has left, the allocator's own reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

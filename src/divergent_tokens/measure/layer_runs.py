@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from divergent_tokens.layers import decoder_layers, with_forward
-from divergent_tokens.measure.batches import BatchSize, padded, run_batches
+from divergent_tokens.measure.batches import (
+    SHARE_OF_MEMORY,
+    BatchSize,
+    free_bytes,
+    padded,
+    run_batches,
+)
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import silent
@@ -18,8 +24,6 @@ from divergent_tokens.models import Model
 
 CHECKED = 8
 """Prompts on which it is checked that leaving layers out is the same computation."""
-SHARE_OF_MEMORY = 0.25
-"""Kept inputs may take so much of an accelerator's free memory; else they wait on the CPU."""
 
 
 class _Reached(Exception):  # noqa: N818  # not an error: it carries a layer's input out of the forward
@@ -166,9 +170,7 @@ class LayerRuns:
             return hidden
         n_tokens = sum(ids.numel() for ids in self._ids)
         needed = n_tokens * hidden.shape[-1] * hidden.element_size()
-        free, _ = torch.cuda.mem_get_info(hidden.device)
-        held = torch.cuda.memory_reserved(hidden.device)
-        free += held - torch.cuda.memory_allocated(hidden.device)
+        free = free_bytes(hidden.device)
         taken = sum(kept.numel() * kept.element_size() for kept in self._inputs if kept.is_cuda)
         return hidden if needed < SHARE_OF_MEMORY * (free + taken) else hidden.cpu()
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divergent_tokens.compiled import fused, fusing
+from divergent_tokens.compiled import compiled
 from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.batches import BatchSize
 from divergent_tokens.measure.completions import Completions
@@ -20,8 +21,8 @@ from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.states import States, by_length, hidden_batches
 from divergent_tokens.models import Model
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Size of one [token, vocab] float32 array; a few of them live at once, however many prompts."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
+"""Size of one [token, vocab] float32 array; ten of them live at once, however many prompts."""
 CPU_SLICE_BYTES = 4 * 2**20
 """On a CPU the arithmetic on logits runs in slices that stay in its caches: three times as fast."""
 
@@ -88,7 +89,17 @@ def score_hidden(
     for batch, rows in batches:
         # Tokens of a whole batch together, so that a chunk of the head is never a short prompt.
         base_hidden = states.of_batch(batch, model.device)
-        _score_rows(arrays, completions, batch, head, torch.cat(rows), base_head, base_hidden)
+        hidden = torch.cat(rows)
+        _score_rows(
+            arrays,
+            completions,
+            batch,
+            head,
+            hidden,
+            base_head,
+            base_hidden,
+            fused=states.compiled,
+        )
     return _checked(TokenScores(mask=completions.mask, **arrays), model)
 
 
@@ -100,7 +111,7 @@ def score_base(model: Model, head: Head, completions: Completions, states: State
     for start in range(0, len(order), states.batch_size):  # in the batches of its candidates
         batch = order[start : start + states.batch_size]
         hidden = states.of_batch(batch, model.device)
-        _score_rows(arrays, completions, batch, head, hidden, head, hidden)
+        _score_rows(arrays, completions, batch, head, hidden, head, hidden, fused=states.compiled)
     return _checked(TokenScores(mask=completions.mask, **arrays), model)
 
 
@@ -148,6 +159,8 @@ def _score_rows(
     hidden: Tensor,
     base_head: Head,
     base_hidden: Tensor,
+    *,
+    fused: bool,
 ) -> None:
     lengths = completions.lengths[list(batch)]
     prompts = np.repeat(batch, lengths)
@@ -157,7 +170,7 @@ def _score_rows(
     )
     kept: dict[str, Tensor] = {}  # copied once a batch: an accelerator waits for each copy
     start = 0
-    for chunk in score_chunks(head, hidden, base_head, base_hidden, targets):
+    for chunk in score_chunks(head, hidden, base_head, base_hidden, targets, fused=fused):
         end = start + len(chunk["kl"])
         for name, values in chunk.items():
             kept.setdefault(name, values.new_empty(len(hidden)))[start:end] = values
@@ -167,9 +180,19 @@ def _score_rows(
 
 
 def score_chunks(
-    head: Head, hidden: Tensor, base_head: Head, base_hidden: Tensor, targets: Tensor
+    head: Head,
+    hidden: Tensor,
+    base_head: Head,
+    base_hidden: Tensor,
+    targets: Tensor,
+    *,
+    fused: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """Scores of tokens [token] chunk by chunk, so that [token, vocab] is never held whole."""
+    """Scores of tokens [token] chunk by chunk, so that [token, vocab] is never held whole.
+
+    `fused`: by compiled kernels.
+    """
+    scored = partial(compiled(score_logits), series=True) if fused else score_logits
     n = chunk_tokens(head, hidden)
     same = head is base_head and hidden is base_hidden
     for a in range(0, len(hidden), n):
@@ -179,9 +202,7 @@ def score_chunks(
         step = max(1, n * CPU_SLICE_BYTES // CHUNK_BYTES["cpu"]) if on_cpu else n
         for b in range(0, len(logits), step):
             rows = slice(b, b + step)
-            yield score_logits(
-                logits[rows], base_logits[rows], targets[a : a + n][rows], series=fusing()
-            )
+            yield scored(logits[rows], base_logits[rows], targets[a : a + n][rows])
 
 
 def chunk_tokens(head: Head, hidden: Tensor) -> int:
@@ -191,13 +212,13 @@ def chunk_tokens(head: Head, hidden: Tensor) -> int:
     return max(1, size // (4 * vocabulary))
 
 
-@fused
 def score_logits(
     logits: Tensor, base_logits: Tensor, targets: Tensor, *, series: bool = False
 ) -> dict[str, Tensor]:
     """Scores [token] of float32 logits [token, vocab] against the base's; see TokenScores.
 
-    With `series` small differences go through a polynomial: expm1 compiled for a CPU is exp − 1.
+    With `series` small differences go through a polynomial, for compiled kernels: on a CPU their
+    expm1 is exp − 1, and on a GPU the polynomial costs nothing.
     """
     argmax = logits.argmax(-1, keepdim=True)  # the lowest id of equals
     at = targets[:, None]

@@ -12,9 +12,15 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divergent_tokens.compiled import fusing
+from divergent_tokens.compiled import as_written
 from divergent_tokens.errors import ModelError
-from divergent_tokens.measure.batches import BatchSize, padded, run_batches
+from divergent_tokens.measure.batches import (
+    SHARE_OF_MEMORY,
+    BatchSize,
+    free_bytes,
+    padded,
+    run_batches,
+)
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import Progress, silent
@@ -32,7 +38,9 @@ class States:
     """Where each prompt's tokens begin, and the end of the last. [prompt + 1]"""
     batch_size: int
     """With how many sequences at once they were made: candidates run in the same shapes."""
-    _placed: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    compiled: bool = False
+    """Whether compiled layers made them; candidates must run the same way."""
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     def of(self, prompt: int, device: torch.device) -> Tensor:
         """One prompt's hidden states [token, hidden]."""
@@ -44,12 +52,15 @@ class States:
     def of_batch(self, prompts: Sequence[int], device: torch.device) -> Tensor:
         """Several prompts' hidden states, one after the other. [token, hidden]"""
         rows = np.concatenate([np.arange(*self.offsets[i : i + 2]) for i in prompts])
-        if device.type == "cpu":
-            return _from_bits(torch.from_numpy(self.array[rows]))
-        return self._on(device)[torch.from_numpy(rows).to(device)]
+        if device in self._placed or self._may_stay(device):
+            return self._on(device)[torch.from_numpy(rows).to(device)]
+        return _from_bits(torch.from_numpy(self.array[rows])).to(device)
+
+    def _may_stay(self, device: torch.device) -> bool:
+        """Whether an accelerator has room for them all: each candidate is held against them."""
+        return device.type == "cuda" and self.array.nbytes < SHARE_OF_MEMORY * free_bytes(device)
 
     def _on(self, device: torch.device) -> Tensor:
-        """All of them on an accelerator, where they stay: every candidate is held against them."""
         if device not in self._placed:
             self._placed[device] = _from_bits(torch.from_numpy(np.array(self.array))).to(device)
         return self._placed[device]
@@ -62,10 +73,14 @@ def base_states(
     completions: Completions,
     *,
     batch_size: BatchSize,
+    compiled: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> States:
-    """One teacher-forced pass of the base over prompts and completions, or what the cache kept."""
+    """One teacher-forced pass of the base over prompts and completions, or what the cache kept.
+
+    `compiled` says whether its layers are.
+    """
     key = content_key(
         kind="states/1",
         model=model.fingerprint,
@@ -73,7 +88,7 @@ def base_states(
         device=device_name(model.device),
         attention=getattr(model.network.config, "_attn_implementation", None),
         batch_size=batch_size.value,
-        versions=[torch.__version__, transformers.__version__, *(["compiled"] if fusing() else [])],
+        versions=[torch.__version__, transformers.__version__, *(["compiled"] if compiled else [])],
         prompts=completions.prompts.digest,
         completions=content_key(ids=completions.ids.tolist(), lengths=completions.lengths.tolist()),
     )
@@ -81,7 +96,7 @@ def base_states(
     entry = read_entry(cache, key)
     if entry is not None:
         batch_size.value = int(entry.header["batch_size"])
-        return States(entry.arrays["hidden"], offsets, batch_size.value)
+        return States(entry.arrays["hidden"], offsets, batch_size.value, compiled)
     with writing_entry(cache, key) if cache else nullcontext() as writer:
         array: NDArray[Any] | None = None
         for batch, rows in hidden_batches(model, head, completions, batch_size, "base", progress):
@@ -98,7 +113,7 @@ def base_states(
         if writer:
             writer.header["batch_size"] = batch_size.value
     assert array is not None  # there is a prompt, and a completion has a token
-    return States(array, offsets, batch_size.value)
+    return States(array, offsets, batch_size.value, compiled)
 
 
 def device_name(device: torch.device) -> str:
@@ -175,7 +190,8 @@ def not_finite(model: Model, ids: Tensor) -> str:
 
         hooks.append(module.register_forward_hook(watch))
     try:
-        model.network(input_ids=ids, use_cache=False)
+        with as_written(model.network):  # hooks do not reach into what is compiled
+            model.network(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

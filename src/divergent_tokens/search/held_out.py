@@ -60,7 +60,7 @@ def measure_plans(
     return {
         result.name: {
             "step": "measured",
-            "components": plans[result.name].digest,
+            "components_digest": plans[result.name].digest,
             "dtype": str(base.dtype).removeprefix("torch."),
             "prompts": {
                 "source": prompts.source,
