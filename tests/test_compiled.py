@@ -164,3 +164,17 @@ def test_operations_count_the_experts_that_a_token_passes():
         )
         routers = sum(p.numel() for name, p in network.named_parameters() if "gate.weight" in name)
         assert operations_a_token(network) == 2 * (n + (routers if used else 0))
+
+
+def test_it_can_be_asked_for_where_nothing_can_be_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("divergent_tokens.sweep.compiler_works", lambda _device: False)
+    monkeypatch.setattr("divergent_tokens.probe.compiler_works", lambda _device: False)
+    _, ran_compiled = rows(tmp_path, "int6", True)
+    assert not ran_compiled
+    base = runs.model()
+    completions = complete(base, runs.prompts(), new_tokens=5)
+    components = find_components(base.network)
+    plain, asked = (
+        probe(base, components, SCHEMES, completions, compiled=on).draws for on in (False, True)
+    )
+    np.testing.assert_array_equal(asked, plain)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from divergent_tokens.backward import Sums
-from divergent_tokens.compiled import compiled_norms, compiling_pays
+from divergent_tokens.compiled import compiled_norms, compiler_works, compiling_pays
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.layers import layer_matrices, operations_a_token, used_experts
@@ -90,6 +90,7 @@ def probe(
     longest = max(map(len, completions.sequences()))
     if compiled is None:
         compiled = compiling_pays(base.network, _operations(base, len(schemes), completions))
+    compiled = compiled and compiler_works(base.device)
     sums = Sums(base, components, schemes, n_draws, longest, fused=compiled)
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from divergent_tokens.compiled import compiled_layers, compiling_pays
+from divergent_tokens.compiled import compiled_layers, compiler_works, compiling_pays
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.plan import Plan
@@ -179,7 +179,7 @@ def _compiles(
     if resumed is not None and resumed.get("compiled") is not None:
         return bool(resumed["compiled"])
     if asked is not None:
-        return asked
+        return asked and compiler_works(base.device)
     n_tokens = sum(map(len, completions.sequences()))
     return compiling_pays(base.network, n_rows * n_tokens * operations_a_token(base.network) / 2)
 

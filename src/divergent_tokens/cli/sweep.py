@@ -101,6 +101,13 @@ def sweep(
     ignore_eos: IgnoreEos = False,
     text_field: TextField = "text",
     batch_size: BatchSize = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Run compiled layers; if left out, where it pays: on a GPU, for long work.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -187,6 +194,7 @@ def sweep(
             "text": given_text,
             "seed": seed,
             "batch_size": batch_size,
+            "compiled": compiled,
             "cache": cache,
             "progress": progress,
             "command": ["dtm", *sys.argv[1:]],
@@ -243,6 +251,7 @@ def _record(
         "settled": run["settled"] if method is Method.auto else None,
         "rounding_kl": found.rounding_kl,
         "passes": None if method is Method.probe else run.get("passes"),
+        "compiled": None if method is Method.probe else run.get("compiled"),
         "schemes": [
             _scheme_json(found, scheme, [row for row in rows if row.scheme == scheme])
             for scheme in schemes
