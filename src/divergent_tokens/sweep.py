@@ -31,7 +31,13 @@ from divergent_tokens.measure.perplexity import perplexity
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.measure.rounding import lent_rounding
-from divergent_tokens.measure.scores import TokenScores, score_base, score_hidden
+from divergent_tokens.measure.scores import (
+    BaseLogits,
+    TokenScores,
+    room_for_logits,
+    score_base,
+    score_hidden,
+)
 from divergent_tokens.measure.states import States, base_states, device_name
 from divergent_tokens.models import Model
 from divergent_tokens.probe import kl_of, probe
@@ -156,7 +162,8 @@ def sweep(
             else:
                 layer_runs = LayerRuns(base, head, completions, batch_size=states.batch_size)
                 kept = kept_head(head, states.of(0, base.device)[:1])
-                ground = _Ground(base, head, kept, completions, states, layer_runs, text)
+                logits = BaseLogits(kept, states, room=room_for_logits(base.device))
+                ground = _Ground(base, head, logits, completions, states, layer_runs, text)
                 _measure(ground, own, todo, writer, seed=seed, progress=progress)
     return read_sensitivities(out)
 
@@ -256,7 +263,7 @@ class _Ground:
     base: Model
     head: Head
     """Of the base's network as it is at any moment."""
-    kept_head: Head
+    base_logits: BaseLogits
     """The base's own, also while its weights are lent."""
     completions: Completions
     states: States
@@ -270,8 +277,7 @@ class _Ground:
             self.base,
             self.head,
             self.completions,
-            self.kept_head,
-            self.states,
+            self.base_logits,
         )
         return divergence_of(scores, self.completions)
 

@@ -18,8 +18,15 @@ from divergent_tokens.measure import scores as module
 from divergent_tokens.measure.batches import BatchSize
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.head import find_head
-from divergent_tokens.measure.scores import logprobs_of, score_base, score_logits
-from divergent_tokens.measure.states import base_states
+from divergent_tokens.measure.progress import silent
+from divergent_tokens.measure.scores import (
+    BaseLogits,
+    logprobs_of,
+    score_base,
+    score_hidden,
+    score_logits,
+)
+from divergent_tokens.measure.states import base_states, hidden_batches
 
 CPU_ERROR = RuntimeError("DefaultCPUAllocator: can't allocate memory")
 FIELDS = [field.name for field in dataclasses.fields(module.TokenScores) if field.name != "mask"]
@@ -318,3 +325,34 @@ def test_memory_stays_under_a_gibibyte_for_150_000_tokens_and_any_number_of_prom
     )
     few, many = map(int, found.stdout.split())
     assert 2**26 < few <= many < 2**29
+
+
+def test_the_bases_logits_are_made_once_where_there_is_room():
+    base, completions = runs.model(), runs.written(runs.prompts(5), [list(range(9))] * 5)
+    head = find_head(base.network)
+    states = base_states(base, head, completions, batch_size=BatchSize(2))
+    candidate = runs.noisy(base)
+    own = find_head(candidate.network)
+    made = []
+
+    class Counted:
+        def logits(self, hidden):
+            made.append(len(hidden))
+            return head.logits(hidden)
+
+    def scored(logits):
+        with torch.no_grad():
+            batches = hidden_batches(candidate, own, completions, BatchSize(2), "", silent)
+            return score_hidden(batches, candidate, own, completions, logits)
+
+    plain = scored(BaseLogits(Counted(), states))
+    assert made == [18, 18, 9]
+    one_batch = 18 * 4 * base.vocabulary_size
+    for room, second in ((0, [18, 18, 9]), (one_batch, [18, 9]), (10 * one_batch, [])):
+        logits = BaseLogits(Counted(), states, room=room)
+        scored(logits)
+        made.clear()
+        again = scored(logits)
+        assert made == second
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(again, name), getattr(plain, name))

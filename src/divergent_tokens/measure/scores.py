@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from divergent_tokens.compiled import compiled
 from divergent_tokens.errors import ModelError
-from divergent_tokens.measure.batches import BatchSize
+from divergent_tokens.measure.batches import SHARE_OF_MEMORY, BatchSize, free_bytes
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import Progress, silent
@@ -23,6 +23,7 @@ from divergent_tokens.models import Model
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 """Size of one [token, vocab] float32 array; ten of them live at once, however many prompts."""
+KEPT_LOGITS_BYTES_CPU = 2**30
 CPU_SLICE_BYTES = 4 * 2**20
 """On a CPU the arithmetic on logits runs in slices that stay in its caches: three times as fast."""
 
@@ -72,7 +73,43 @@ def score(
     """
     size = BatchSize(states.batch_size)
     batches = hidden_batches(model, head, completions, size, name, progress)
-    return score_hidden(batches, model, head, completions, base_head, states)
+    return score_hidden(batches, model, head, completions, BaseLogits(base_head, states))
+
+
+class BaseLogits:
+    """The base's logits at the completions; as many as there is room for are made once."""
+
+    def __init__(self, head: Head, states: States, *, room: int = 0) -> None:
+        """By the base's own head; `room` is in bytes."""
+        self.states = states
+        self._head = head
+        self._room = room
+        self._kept: dict[tuple[int, int, int, int], Tensor] = {}
+
+    def of(self, batch: Sequence[int], device: torch.device) -> Callable[[int, int], Tensor]:
+        """From one to before another token of a batch's completions: float32 [token, vocab]."""
+        hidden: Tensor | None = None
+
+        def logits(start: int, end: int) -> Tensor:
+            nonlocal hidden
+            key = (batch[0], len(batch), start, end)
+            if key in self._kept:
+                return self._kept[key]
+            hidden = self.states.of_batch(batch, device) if hidden is None else hidden
+            found = self._head.logits(hidden[start:end])
+            if found.nbytes <= self._room:
+                self._kept[key] = found
+                self._room -= found.nbytes
+            return found
+
+        return logits
+
+
+def room_for_logits(device: torch.device) -> int:
+    """Bytes that the base's logits may take where many candidates are held against them."""
+    if device.type == "cuda":
+        return int(SHARE_OF_MEMORY * free_bytes(device))
+    return KEPT_LOGITS_BYTES_CPU
 
 
 @torch.no_grad()
@@ -81,24 +118,15 @@ def score_hidden(
     model: Model,
     head: Head,
     completions: Completions,
-    base_head: Head,
-    states: States,
+    base: BaseLogits,
 ) -> TokenScores:
     """Scores of a candidate whose hidden states come batch by batch, as of `hidden_batches`."""
     arrays = _empty(completions)
     for batch, rows in batches:
         # Tokens of a whole batch together, so that a chunk of the head is never a short prompt.
-        base_hidden = states.of_batch(batch, model.device)
-        hidden = torch.cat(rows)
+        hidden, base_logits = torch.cat(rows), base.of(batch, model.device)
         _score_rows(
-            arrays,
-            completions,
-            batch,
-            head,
-            hidden,
-            base_head,
-            base_hidden,
-            fused=states.compiled,
+            arrays, completions, batch, head, hidden, base_logits, fused=base.states.compiled
         )
     return _checked(TokenScores(mask=completions.mask, **arrays), model)
 
@@ -111,7 +139,7 @@ def score_base(model: Model, head: Head, completions: Completions, states: State
     for start in range(0, len(order), states.batch_size):  # in the batches of its candidates
         batch = order[start : start + states.batch_size]
         hidden = states.of_batch(batch, model.device)
-        _score_rows(arrays, completions, batch, head, hidden, head, hidden, fused=states.compiled)
+        _score_rows(arrays, completions, batch, head, hidden, None, fused=states.compiled)
     return _checked(TokenScores(mask=completions.mask, **arrays), model)
 
 
@@ -157,8 +185,7 @@ def _score_rows(
     batch: Sequence[int],
     head: Head,
     hidden: Tensor,
-    base_head: Head,
-    base_hidden: Tensor,
+    base_logits: Callable[[int, int], Tensor] | None,
     *,
     fused: bool,
 ) -> None:
@@ -170,7 +197,7 @@ def _score_rows(
     )
     kept: dict[str, Tensor] = {}  # copied once a batch: an accelerator waits for each copy
     start = 0
-    for chunk in score_chunks(head, hidden, base_head, base_hidden, targets, fused=fused):
+    for chunk in score_chunks(head, hidden, base_logits, targets, fused=fused):
         end = start + len(chunk["kl"])
         for name, values in chunk.items():
             kept.setdefault(name, values.new_empty(len(hidden)))[start:end] = values
@@ -182,27 +209,26 @@ def _score_rows(
 def score_chunks(
     head: Head,
     hidden: Tensor,
-    base_head: Head,
-    base_hidden: Tensor,
+    base_logits: Callable[[int, int], Tensor] | None,
     targets: Tensor,
     *,
     fused: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Scores of tokens [token] chunk by chunk, so that [token, vocab] is never held whole.
 
+    `base_logits` gives those of a range of tokens; None where the candidate's own are the base's.
     `fused`: by compiled kernels.
     """
     scored = partial(compiled(score_logits), series=True) if fused else score_logits
     n = chunk_tokens(head, hidden)
-    same = head is base_head and hidden is base_hidden
     for a in range(0, len(hidden), n):
         logits = head.logits(hidden[a : a + n])
-        base_logits = logits if same else base_head.logits(base_hidden[a : a + n])
+        of_base = logits if base_logits is None else base_logits(a, a + len(logits))
         on_cpu = logits.device.type == "cpu"
         step = max(1, n * CPU_SLICE_BYTES // CHUNK_BYTES["cpu"]) if on_cpu else n
         for b in range(0, len(logits), step):
             rows = slice(b, b + step)
-            yield scored(logits[rows], base_logits[rows], targets[a : a + n][rows])
+            yield scored(logits[rows], of_base[rows], targets[a : a + n][rows])
 
 
 def chunk_tokens(head: Head, hidden: Tensor) -> int:
