@@ -22,6 +22,7 @@ from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, find_components
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.layers import operations_a_token
 from divergent_tokens.measure.completions import Completions, complete
 from divergent_tokens.measure.prompts import read_prompts
 from divergent_tokens.models import Model, load_model
@@ -96,12 +97,12 @@ def main() -> None:
     some = components[:: len(components) // arguments.loop_steps][: arguments.loop_steps]
     loop(model, some[:1], completions)  # warms up
     note("loop", lambda: loop(model, some, completions), len(components) // len(some))
-    report(arguments, components, rate, seconds, memory)
+    report(arguments, model, components, rate, seconds, memory)
 
 
 def subject(arguments: argparse.Namespace) -> tuple[Model, Completions]:
     if arguments.base:
-        base = load_model(arguments.base)
+        base = load_model(arguments.base, device=arguments.device)
         prompts = read_prompts(
             "builtin", base, n_prompts=arguments.n_prompts, prefix=arguments.prefix
         )
@@ -241,16 +242,14 @@ PARTS = {"generate": generated, "probe": probes, "measure": measured}
 
 def report(
     arguments: argparse.Namespace,
+    model: Model,
     components: list[Component],
     rate: float,
     seconds: dict[str, float],
     memory: dict[str, float],
 ) -> None:
     tokens = arguments.n_prompts * (arguments.prefix + arguments.new_tokens)
-    shapes = {} if arguments.base else SHAPES[arguments.shapes]
-    used = shapes.get("num_experts_per_tok", 1) / shapes.get("num_experts", 1)
-    n_used = sum(c.n_parameters * (1 if c.expert is None else used) for c in components)
-    layers = 2 * n_used * tokens
+    layers = operations_a_token(model.network) * tokens
     print(f"products: {rate / 1e12:.0f} TFLOP/s; layers' work a pass: {layers / rate:.3f} s")
     ratios = {}  # of the loop over all prompts and schemes, also where a probe needs fewer prompts
     for name, value in seconds.items():
@@ -260,7 +259,7 @@ def report(
         ratios[name] = seconds["loop"] * n_schemes / value
         print(f"{name:50} {value:9.3f} s   {ratios[name]:7.1f} times the loop over all prompts")
     result = {
-        "base": arguments.base or {"random": shapes},
+        "base": arguments.base or {"random": SHAPES[arguments.shapes]},
         "n_components": len(components),
         "n_weights": sum(component.n_parameters for component in components),
         "prompts": f"{arguments.n_prompts} of {arguments.prefix} + {arguments.new_tokens} tokens",

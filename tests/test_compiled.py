@@ -17,6 +17,7 @@ from divergent_tokens.compiled import (
 )
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.errors import RecordError
 from divergent_tokens.layers import decoder_layers, operations_a_token
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.probe import probe
@@ -90,6 +91,23 @@ def test_a_sweep_goes_on_as_it_began(tmp_path):
     whole, _ = rows(tmp_path, "int8", True)
     found = [row.kl for row in run(None, None).rows]
     np.testing.assert_array_equal(found, whole[:2, 0])
+
+
+def test_rows_of_other_kernels_do_not_join_a_file(tmp_path, monkeypatch):
+    rows(tmp_path, "int6", True)
+    (tmp_path / "int6 True.db").rename(tmp_path / "w8a8 None.db")
+    with pytest.raises(RecordError, match="compiled layers, and schemes that quantize inputs"):
+        rows(tmp_path, "w8a8", None)
+    (tmp_path / "w8a8 None.db").rename(tmp_path / "int8 None.db")
+    monkeypatch.setattr("divergent_tokens.sweep.compiler_works", lambda _device: False)
+    with pytest.raises(RecordError, match=r"compiled layers, and nothing can here.*--no-compile"):
+        rows(tmp_path, "int8", None)
+
+
+def test_whether_it_works_does_not_hang_on_gradients():
+    compiler_works.cache_clear()
+    with torch.no_grad():
+        assert compiler_works(CPU)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

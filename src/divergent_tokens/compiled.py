@@ -45,6 +45,8 @@ def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in decoder_layers(network)[1] if on else ():
+            if "forward" in vars(layer):
+                continue  # somebody's own, which moves weights, say
             forward = _Compiled(compiled(type(layer).forward), layer)
             stack.enter_context(with_forward(layer, forward))
         yield
@@ -54,10 +56,11 @@ def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
 def compiled_norms(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """As `compiled_layers`, where layers hold hooks: only modules without a matrix are compiled."""
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())  # the compiler looks at every .grad
-        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
+        if on:
+            stack.enter_context(warnings.catch_warnings())  # the compiler looks at every .grad
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
         for module in network.modules() if on else ():
-            if _is_norm(module):
+            if _is_norm(module) and "forward" not in vars(module):
                 forward = _Compiled(compiled(type(module).forward), module)
                 stack.enter_context(with_forward(module, forward))
         yield
@@ -89,7 +92,10 @@ def compiler_works(device: torch.device) -> bool:
     """Whether a small function can be compiled and differentiated; a warning says why not."""
     x = torch.ones(8, device=device, requires_grad=True)
     try:
-        compiled(_small)(x).backward()
+        with torch.enable_grad():
+            compiled(_small)(x).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler that is missing, or one that does not know the device
         _log.warning("torch.compile does not work here, so nothing is compiled: %s", error)
         return False

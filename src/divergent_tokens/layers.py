@@ -32,7 +32,10 @@ def decoder_layers(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def operations_a_token(network: PreTrainedModel) -> float:
-    """Floating-point operations of all layers' products: two for each weight that a token meets."""
+    """Floating-point operations of all layers' products: two for each weight that a token meets.
+
+    An estimate: experts that are modules of their own count as if all were used.
+    """
     return sum(
         2.0 * parameter.numel() * (used_experts(network) / len(parameter) if is_stack else 1.0)
         for parameter, is_stack in layer_matrices(network)
@@ -47,8 +50,10 @@ def layer_matrices(network: PreTrainedModel) -> Iterator[tuple[nn.Parameter, boo
 
 
 def used_experts(network: PreTrainedModel) -> int:
-    """How many routed experts of a layer each token passes."""
-    return getattr(network.config, "num_experts_per_tok", None) or 1
+    """How many routed experts of a layer each token passes; 1 where the config does not say."""
+    config = network.config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+    return next((found for name in names if (found := getattr(config, name, None))), 1)
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def probe(
 
     Changes and sums are computed in float32 whatever the model runs in; products too, but on a
     GPU with few schemes those of a bfloat16 model in bfloat16. The changes of one component live at
-    once, and `KEPT_BYTES` of others. On a GPU, where it pays or `compiled` asks for it, what works
-    element by element is compiled. The labels depend on the seed, the prompt
+    once, and `KEPT_BYTES` of others. Where it pays (on a GPU, for long work) or `compiled` asks
+    for it, what works element by element is compiled. The labels depend on the seed, the prompt
     and the number of the draw alone.
 
     Raises SchemeError where a scheme does not fit a component, and ModelError where a component

@@ -55,12 +55,12 @@ _TABLES = (
 _FREE = {
     "command",
     "batch_size",
+    "compiled",
     "rounding_kl",
     "base_dppl",
     "base_ppl",
     "passes",
     "settled",
-    "compiled",
 }
 """Run keys that may differ: found out on the way, or of no effect on the rows."""
 _FREE_PARTS = {"base.reference", "base.config", "prompts.source"}

@@ -18,7 +18,7 @@ from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.schemes import Scheme
-from divergent_tokens.errors import DivergentTokensError, ModelError
+from divergent_tokens.errors import DivergentTokensError, ModelError, RecordError
 from divergent_tokens.layers import decoder_layers, operations_a_token
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import divergence_of, versions
@@ -85,8 +85,9 @@ def sweep(
     rather than `batch_size`. A probe's rows come all at once, at the end; measured ones one by one,
     from the first layer on. With a `text` its perplexity is measured too. `only` narrows the work
     to some pairs; with none of them a measured sweep finds the rounding floor and nothing else.
-    On a GPU, where it pays or `compiled` asks for it, layers (the probe: what lies between their
-    products) run compiled.
+    Where it pays (on a GPU, for long work) or `compiled` asks for it, layers (the probe: what lies
+    between their products) run compiled; never with schemes that quantize inputs, and a file goes
+    on as it began.
 
     Raises RecordError for a file that is not ours or of another run, and SchemeError where a
     scheme does not fit a component, before any work is done.
@@ -125,7 +126,12 @@ def sweep(
         size.value = resumed["batch_size"]
     head = find_head(base.network)
     in_layers = method == "measure" and _compiles(
-        base, compiled, resumed, len(components) * len(schemes), schemes, completions
+        base,
+        compiled,
+        resumed,
+        [scheme for _, scheme in todo],
+        len(components) * len(schemes),
+        completions,
     )
     with compiled_layers(base.network, in_layers):
         states = base_states(
@@ -172,19 +178,26 @@ def _compiles(
     base: Model,
     asked: bool | None,
     resumed: Mapping[str, Any] | None,
-    n_rows: int,
     schemes: Sequence[Scheme],
+    n_rows: int,
     completions: Completions,
 ) -> bool:
-    """Whether measured rows run compiled layers: as the file's have, if it has any.
+    """Whether measured rows run compiled layers: as those of the file do, if it has any.
 
-    Each row's products are those of half of the layers on average. Hooks that quantize inputs do
-    not reach into what is compiled.
+    `schemes` are those of the rows to come. Hooks that quantize inputs do not reach into what is
+    compiled. Of at most `n_rows` rows each runs half of the layers on average.
     """
-    if any(scheme.activations is not None for scheme in schemes):
-        return False
+    quantizes_inputs = any(scheme.activations is not None for scheme in schemes)
     if resumed is not None and resumed.get("compiled") is not None:
+        if resumed["compiled"] and (quantizes_inputs or not compiler_works(base.device)):
+            why = "schemes that quantize inputs cannot" if quantizes_inputs else "nothing can here"
+            raise RecordError(
+                f"the rows of this file were measured with compiled layers, and {why}; give "
+                "another --out, or begin it with --no-compile"
+            )
         return bool(resumed["compiled"])
+    if quantizes_inputs:
+        return False
     if asked is not None:
         return asked and compiler_works(base.device)
     n_tokens = sum(map(len, completions.sequences()))

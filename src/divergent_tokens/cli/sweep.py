@@ -105,7 +105,8 @@ def sweep(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Run compiled layers; if left out, where it pays: on a GPU, for long work.",
+            help="Run compiled layers; if left out, where it pays: on a GPU, for long work. A "
+            "file goes on as it began.",
         ),
     ] = None,
     device: Device = "auto",

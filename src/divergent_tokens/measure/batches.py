@@ -14,7 +14,7 @@ T = TypeVar("T")
 FIRST_TRY_CPU = 16
 FIRST_TRY_GPU = 128
 SHARE_OF_MEMORY = 0.25
-"""Of an accelerator's free memory, for what is kept for later; more of it waits on the CPU."""
+"""Of an accelerator's free memory, for each thing that is kept for later there."""
 
 
 @dataclass

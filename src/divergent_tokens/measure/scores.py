@@ -24,6 +24,7 @@ from divergent_tokens.models import Model
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 """Size of one [token, vocab] float32 array; ten of them live at once, however many prompts."""
 KEPT_LOGITS_BYTES_CPU = 2**30
+"""For the base's logits, which every row of a sweep is held against."""
 CPU_SLICE_BYTES = 4 * 2**20
 """On a CPU the arithmetic on logits runs in slices that stay in its caches: three times as fast."""
 
@@ -108,7 +109,9 @@ class BaseLogits:
 def room_for_logits(device: torch.device) -> int:
     """Bytes that the base's logits may take where many candidates are held against them."""
     if device.type == "cuda":
-        return int(SHARE_OF_MEMORY * free_bytes(device))
+        # What a pass needs at its peak is free now, and will be needed again.
+        peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE_OF_MEMORY * max(0, free_bytes(device) - peak))
     return KEPT_LOGITS_BYTES_CPU
 
 
