@@ -6,18 +6,16 @@ token: twice as many experts are half as wide, and a token passes twice as many.
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from machine import machine, synchronize, write_result
+from machine import machine, seconds_of, write_result
+from random_completions import random_completions
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from divergent_tokens.compress.components import Component, find_components
-from divergent_tokens.compress.schemes import Scheme, parse_scheme
-from divergent_tokens.measure.completions import Completions
-from divergent_tokens.measure.prompts import Prompt, PromptSet
+from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.models import Model
 from divergent_tokens.probe import probe
 
@@ -32,7 +30,9 @@ PREFIX, NEW_TOKENS = 32, 64
 def main() -> None:
     arguments = parse()
     schemes = [parse_scheme(text) for text in arguments.schemes]
-    completions = random_completions(arguments.n_prompts)
+    completions = random_completions(
+        arguments.n_prompts, vocabulary=VOCABULARY, prefix=PREFIX, new_tokens=NEW_TOKENS
+    )
     dtype = getattr(torch, arguments.dtype)
     models = {n: mixture(n, arguments.device, dtype) for n in arguments.experts}
     experts = {
@@ -42,8 +42,8 @@ def main() -> None:
     seconds: dict[int, list[float]] = {n: [] for n in models}
     for _ in range(arguments.repeat + 1):  # in turns, so that a slow minute hits all of them
         for n, model in models.items():
-            taken = timed(model, experts[n], schemes, completions, arguments.batch_size)
-            seconds[n].append(taken)
+            run = partial(probe, model, experts[n], schemes, completions)
+            seconds[n].append(seconds_of(partial(run, batch_size=arguments.batch_size)))
     rows = []
     for n, components in experts.items():
         median = statistics.median(seconds[n][1:])
@@ -90,34 +90,6 @@ def mixture(n_experts: int, device: str, dtype: torch.dtype) -> Model:
     )
     network.eval().requires_grad_(False).to(device, dtype)
     return Model(network, None, f"{n_experts} experts", str(n_experts))  # type: ignore[arg-type]
-
-
-def random_completions(
-    n_prompts: int,
-    vocabulary: int = VOCABULARY,
-    prefix: int = PREFIX,
-    new_tokens: int = NEW_TOKENS,
-) -> Completions:
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, vocabulary, (n_prompts, prefix + new_tokens))
-    prompts = tuple(Prompt(tuple(row[:prefix].tolist()), "") for row in rows)
-    ids = rows[:, prefix:].astype(np.int32)
-    kept = PromptSet(prompts, "random", prefix, 0, 0)
-    return Completions(kept, ids, np.ones(ids.shape, bool), new_tokens, True)
-
-
-def timed(
-    model: Model,
-    components: list[Component],
-    schemes: list[Scheme],
-    completions: Completions,
-    batch_size: int,
-) -> float:
-    synchronize()
-    start = time.perf_counter()
-    probe(model, components, schemes, completions, batch_size=batch_size)
-    synchronize()
-    return time.perf_counter() - start
 
 
 def parse() -> argparse.Namespace:

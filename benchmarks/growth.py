@@ -8,17 +8,18 @@ measured sweep it is the time of one row in the middle layer.
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from experts import random_completions
-from machine import machine, synchronize, write_result
+from machine import machine, seconds_of, write_result
+from random_completions import random_completions
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from divergent_tokens.compress.components import find_components
 from divergent_tokens.compress.schemes import parse_scheme
+from divergent_tokens.measure.completions import Completions
 from divergent_tokens.models import Model
 from divergent_tokens.probe import probe
 from divergent_tokens.sweep import sweep
@@ -61,26 +62,21 @@ def network(n_layers: int, device: str) -> Model:
     return Model(made, None, str(n_layers), str(n_layers))  # type: ignore[arg-type]
 
 
+def texts(sizes: Mapping[str, int]) -> Completions:
+    """Half of the tokens are a prompt, half its completion."""
+    half = sizes["tokens"] // 2
+    return random_completions(sizes["prompts"], vocabulary=VOCABULARY, prefix=half, new_tokens=half)
+
+
 def probed(sizes: Mapping[str, int], arguments: argparse.Namespace) -> float:
     """Seconds of a probe. `components`: so many of the network's; 0 for all."""
     layers = 8 if sizes["components"] else sizes["layers"]
     model = network(layers, arguments.device)
     components = find_components(model.network)[: sizes["components"] or None]
     schemes = [parse_scheme(text) for text in SCHEMES[: sizes["schemes"]]]
-    completions = random_completions(
-        sizes["prompts"],
-        vocabulary=VOCABULARY,
-        prefix=sizes["tokens"] // 2,
-        new_tokens=sizes["tokens"] // 2,
-    )
-    taken = []
-    for _ in range(arguments.repeat + 1):
-        synchronize()
-        start = time.perf_counter()
-        probe(model, components, schemes, completions, batch_size=16)
-        synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+    completions = texts(sizes)
+    run = partial(probe, model, components, schemes, completions, batch_size=16)
+    return statistics.median([seconds_of(run) for _ in range(arguments.repeat + 1)][1:])
 
 
 def measured(sizes: Mapping[str, int], arguments: argparse.Namespace) -> float:
@@ -88,12 +84,7 @@ def measured(sizes: Mapping[str, int], arguments: argparse.Namespace) -> float:
     model = network(sizes["layers"], arguments.device)
     middle = sizes["layers"] // 2
     components = find_components(model.network, include=[f"*.layers.{middle}.*"])
-    completions = random_completions(
-        sizes["prompts"],
-        vocabulary=VOCABULARY,
-        prefix=sizes["tokens"] // 2,
-        new_tokens=sizes["tokens"] // 2,
-    )
+    completions = texts(sizes)
     with tempfile.TemporaryDirectory() as place:
         rows = sweep(
             model,

@@ -8,14 +8,13 @@ its steps are timed and multiplied up to all components; the measured sweep is r
 import argparse
 import itertools
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from experts import random_completions
-from machine import machine, synchronize, write_result
+from machine import machine, seconds_of, write_result
+from random_completions import random_completions
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from divergent_tokens.compress.apply import lent_plan
@@ -83,11 +82,7 @@ def main() -> None:
         """Seconds and memory of a run; its time counts so many times."""
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        seconds[name] = (time.perf_counter() - start) * times
+        seconds[name] = seconds_of(run) * times
         if model.device.type == "cuda":
             memory[name] = (torch.cuda.max_memory_allocated() - weights) / 2**30
         print(f"{name:50} {seconds[name]:9.3f} s  {memory.get(name, 0):5.1f} GiB", flush=True)
@@ -135,12 +130,7 @@ def product_rate(model: Model) -> float:
     a = torch.randn(n, n, device=model.device, dtype=model.dtype)
     for _ in range(3):
         a @ a
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    synchronize()
-    return 10 * 2 * n**3 / (time.perf_counter() - start)
+    return 10 * 2 * n**3 / seconds_of(lambda: [a @ a for _ in range(10)])
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def synchronize() -> None:
     """Wait for the device, so that a clock can be read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long it takes, what it leaves to the device included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:

@@ -142,7 +142,7 @@ class Sums:
     ) -> None:
         gradients = delta.to(self.dtype)
         for j, dz in self._moves(i, x, activations, schemes):
-            self._found[self.draw, i, j] += self._dots(dz, gradients)
+            self._found[self.draw, i, j] += self._dots(dz, gradients).sum(-1)
 
     def _moves(
         self, i: int, x: Tensor, activations: Activations | None, schemes: list[int]
@@ -181,7 +181,7 @@ class Sums:
         delta = delta.reshape(len(x), -1).to(self.dtype)
         for activations, schemes in self._by_activations().items():
             for j, dz in self._moves(i, x, activations, schemes):
-                values = dz.mul_(delta).sum(-1, dtype=torch.float32)
+                values = self._dots(dz, delta)
                 self._found[self.draw, i, j].index_add_(0, prompts, values)
 
     def _add_experts(self, inputs: ExpertInputs, delta: Tensor) -> None:
@@ -200,8 +200,7 @@ class Sums:
                 moved = (changed.float() - x.float()).to(self.dtype)
                 dz += grouped_product(moved, weights, inputs.counts)
             values = dz.new_zeros(len(inputs.counts) * n_prompts, dtype=torch.float32)
-            rows = dz.mul_(delta.to(self.dtype)).sum(-1, dtype=torch.float32)
-            values.index_add_(0, places, rows)
+            values.index_add_(0, places, self._dots(dz, delta.to(self.dtype)))
             self._found[self.draw, which, j] += values.view(-1, n_prompts)[experts]
 
     def _add_embedding(self, i: int, module: nn.Module, ids: Tensor, delta: Tensor) -> None:
@@ -244,8 +243,8 @@ def _outer(delta: Tensor, x: Tensor) -> Tensor:
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products: [prompt, token, out] twice -> [prompt]; only the sum is in float32."""
-    return (a * b).sum((1, 2), dtype=torch.float32)
+    """Inner products along the last axis; only the sum is in float32."""
+    return (a * b).sum(-1, dtype=torch.float32)
 
 
 def _inner(products: Tensor, changes: Tensor) -> Tensor:

@@ -45,10 +45,7 @@ def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in decoder_layers(network)[1] if on else ():
-            if "forward" in vars(layer):
-                continue  # somebody's own, which moves weights, say
-            forward = _Compiled(compiled(type(layer).forward), layer)
-            stack.enter_context(with_forward(layer, forward))
+            _compile(stack, layer)
         yield
 
 
@@ -60,9 +57,8 @@ def compiled_norms(network: PreTrainedModel, on: bool) -> Iterator[None]:
             stack.enter_context(warnings.catch_warnings())  # the compiler looks at every .grad
             warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
         for module in network.modules() if on else ():
-            if _is_norm(module) and "forward" not in vars(module):
-                forward = _Compiled(compiled(type(module).forward), module)
-                stack.enter_context(with_forward(module, forward))
+            if _is_norm(module):
+                _compile(stack, module)
         yield
 
 
@@ -71,7 +67,7 @@ def as_written(network: PreTrainedModel) -> Iterator[None]:
     """The network's own forwards for a while, whatever is compiled."""
     with ExitStack() as stack:
         for module in network.modules():
-            if isinstance(module.__dict__.get("forward"), _Compiled):
+            if isinstance(vars(module).get("forward"), _Compiled):
                 forward = partial(type(module).forward, module)
                 stack.enter_context(with_forward(module, forward))
         yield
@@ -104,6 +100,13 @@ def compiler_works(device: torch.device) -> bool:
 
 class _Compiled(partial[T]):
     """A module's forward, known as one of ours."""
+
+
+def _compile(stack: ExitStack, module: nn.Module) -> None:
+    if "forward" in vars(module):
+        return  # somebody's own, which moves weights, say
+    forward = _Compiled(compiled(type(module).forward), module)
+    stack.enter_context(with_forward(module, forward))
 
 
 def _small(x: Tensor) -> Tensor:

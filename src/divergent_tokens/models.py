@@ -83,6 +83,11 @@ class Model:
         return self.network.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """As records say it: float32, bfloat16, float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in: the device of the input embedding."""
         weight = getattr(self.network.get_input_embeddings(), "weight", None)

@@ -87,7 +87,7 @@ def probe(
     size = BatchSize(batch_size or _first_batch(base, completions))
     if any(c.expert is not None and c.stack_index is None for c in components):
         size.value = 1  # modules of their own, which see some tokens of all prompts together
-    longest = max(map(len, completions.sequences()))
+    longest = int(completions.sequence_lengths.max())
     if compiled is None:
         compiled = compiling_pays(base.network, _operations(base, len(schemes), completions))
     compiled = compiled and compiler_works(base.device)
@@ -120,7 +120,7 @@ def _first_batch(base: Model, completions: Completions) -> int:
         sum(parameter.shape[-2:]) * (used if is_stack else 1)
         for parameter, is_stack in layer_matrices(base.network)
     )
-    longest = max(map(len, completions.sequences()))
+    longest = int(completions.sequence_lengths.max())
     fitting = max(1, ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize))
     n = len(completions.prompts)
     return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, fitting)))
@@ -128,7 +128,7 @@ def _first_batch(base: Model, completions: Completions) -> int:
 
 def _operations(base: Model, n_schemes: int, completions: Completions) -> float:
     """Of all products: forward, backward, and one for each scheme."""
-    n_tokens = sum(map(len, completions.sequences()))
+    n_tokens = int(completions.sequence_lengths.sum())
     return (2 + n_schemes) * n_tokens * operations_a_token(base.network)
 
 

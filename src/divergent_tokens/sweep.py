@@ -200,7 +200,7 @@ def _compiles(
         return False
     if asked is not None:
         return asked and compiler_works(base.device)
-    n_tokens = sum(map(len, completions.sequences()))
+    n_tokens = int(completions.sequence_lengths.sum())
     return compiling_pays(base.network, n_rows * n_tokens * operations_a_token(base.network) / 2)
 
 
@@ -389,7 +389,7 @@ def _costs(ground: _Ground, components: Sequence[Component]) -> NDArray[np.int64
     of_text = 0.0
     if ground.text is not None:
         ids = ground.base.tokenizer(ground.text, add_special_tokens=False, verbose=False)
-        n_tokens = sum(map(len, ground.completions.sequences()))
+        n_tokens = int(ground.completions.sequence_lengths.sum())
         of_text = n_layers * len(ids["input_ids"]) / n_tokens
     found: NDArray[np.int64] = np.ceil(
         np.cumsum([n_layers - layer + of_text for layer in layers])
@@ -420,7 +420,7 @@ def _run_keys(
             "model_type": config.model_type,
             "config": json.loads(config.to_json_string(use_diff=False)),
         },
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": base.dtype_name,
         "device": device_name(base.device),
         "versions": versions(),
         "prompts": {

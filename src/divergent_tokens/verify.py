@@ -70,7 +70,7 @@ class Verification:
             "base": {
                 "reference": self.base.reference,
                 "fingerprint": self.base.fingerprint,
-                "dtype": str(self.base.dtype).removeprefix("torch."),
+                "dtype": self.base.dtype_name,
                 "device": str(self.base.device),
             },
             "plan": {

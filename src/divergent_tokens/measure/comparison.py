@@ -82,7 +82,7 @@ class Comparison:
             "base": {
                 "reference": self.base.reference,
                 "fingerprint": self.base.fingerprint,
-                "dtype": str(self.base.dtype).removeprefix("torch."),
+                "dtype": self.base.dtype_name,
                 "device": str(self.base.device),
             },
             "prompts": self._prompts_json(),

@@ -40,6 +40,11 @@ class Completions:
         """L of each completion. [prompt]"""
         return np.asarray(self.mask.sum(1), dtype=np.int64)
 
+    @property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each prompt and its completion together. [prompt]"""
+        return np.array([len(prompt.ids) for prompt in self.prompts.prompts]) + self.lengths
+
     def sequences(self) -> list[list[int]]:
         """Prompt and completion of each prompt in one list."""
         return [

@@ -1,8 +1,6 @@
 """The seam between a model's layers and its head: hidden states in, logits out, chunk by chunk."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from divergent_tokens.errors import ModelError
+from divergent_tokens.layers import with_forward
 
 
 class _BodyDone(Exception):  # noqa: N818  # not an error: it carries the body's output out of the forward
@@ -56,24 +55,13 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The network's logits [token, vocab] in float32 for hidden states [token, hidden]."""
-        with self._returning(hidden[None]):
+
+        def forward(*_args: Any, **_kwargs: Any) -> ModelOutput:
+            return self.output(last_hidden_state=hidden[None])
+
+        with with_forward(self.body, forward):
             logits: Tensor = self.network(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()
-
-    @contextmanager
-    def _returning(self, hidden: Tensor) -> Iterator[None]:
-        def forward(*_args: Any, **_kwargs: Any) -> ModelOutput:
-            return self.output(last_hidden_state=hidden)
-
-        before = self.body.__dict__.get("forward")  # accelerate puts its own here
-        self.body.forward = forward
-        try:
-            yield
-        finally:
-            if before is None:
-                del self.body.forward
-            else:
-                self.body.forward = before
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def by_length(completions: Completions) -> list[int]:
     The longest sequence comes first, so that memory runs out on the first batch if at all, and base
     and candidates run in the same shapes throughout.
     """
-    lengths = [len(sequence) for sequence in completions.sequences()]
+    lengths = completions.sequence_lengths.tolist()
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 

@@ -61,7 +61,7 @@ def measure_plans(
         result.name: {
             "step": "measured",
             "components_digest": plans[result.name].digest,
-            "dtype": str(base.dtype).removeprefix("torch."),
+            "dtype": base.dtype_name,
             "prompts": {
                 "source": prompts.source,
                 "digest": prompts.digest,
