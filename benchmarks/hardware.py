@@ -8,12 +8,13 @@ its steps are timed and multiplied up to all components; the measured sweep is r
 import argparse
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from machine import machine, seconds_of, write_result
+from machine import machine, seconds_of, synchronize, write_result
 from random_completions import random_completions
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -78,8 +79,12 @@ def main() -> None:
     memory: dict[str, float] = {}
     weights = torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
 
-    def note(name: str, run: Callable[[], object], times: int = 1) -> None:
-        """Seconds and memory of a run; its time counts so many times."""
+    def note(name: str, run: Callable[[], object] | float, times: int = 1) -> None:
+        """Seconds and memory of a run; its time counts so many times. Or seconds known already."""
+        if isinstance(run, float):
+            seconds[name] = run
+            print(f"{name:50} {run:9.3f} s", flush=True)
+            return
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds[name] = seconds_of(run) * times
@@ -227,7 +232,54 @@ def generated(
         note(f"transformers' generate{again}", default)
 
 
-PARTS = {"generate": generated, "probe": probes, "measure": measured}
+def profiled(
+    arguments: argparse.Namespace,
+    model: Model,
+    components: list[Component],
+    completions: Completions,
+    note: Note,
+) -> None:
+    """Where a GPU spends the time of a probe of a quarter of the prompts, by kind of kernel."""
+    few = completions.subset(range(len(completions.prompts) // 4))
+    run = partial(
+        probe,
+        model,
+        components,
+        [parse_scheme(SCHEMES[0])],
+        few,
+        batch_size=arguments.batch_size,
+        compiled=arguments.compiled,
+    )
+    run()
+    with torch.profiler.profile() as profile:
+        run()
+        synchronize()
+    kinds: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kinds[kernel_kind(event.name)] += event.device_time_total / 1e6
+    for kind, seconds in kinds.most_common():
+        note(f"kernels of the probe: {kind}", seconds)
+
+
+KERNELS = {
+    "products": ("gemm", "nvjet", "cutlass"),
+    "attention": ("flash", "fmha", "softmax"),
+    "compiled": ("triton",),
+    "copies": ("memcpy", "memset"),
+}
+
+
+def kernel_kind(name: str) -> str:
+    """What a kernel does, by its name."""
+    lower = name.lower()
+    return next(
+        (kind for kind, signs in KERNELS.items() if any(sign in lower for sign in signs)),
+        "element by element",
+    )
+
+
+PARTS = {"generate": generated, "probe": probes, "measure": measured, "profile": profiled}
 
 
 def report(

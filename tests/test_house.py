@@ -20,11 +20,11 @@ MODEL_FILES = "quiet", "hub", "vocabularies", "gguf_files", "model_files", "netw
 FLOORS = [
     {"errors"},
     {"store"},
-    {"fingerprints", "layers", "compiled", "models", *MODEL_FILES},
+    {"fingerprints", "layers", "compiled", "offload", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"calibrated"},
     {"candidates", "conditions"},
-    {"backward", "sensitivities"},
+    {"backward", "labels", "layerwise", "sensitivities"},
     {"probe", "sweep", "search"},
     {"settle", "reload"},
     {"verify"},

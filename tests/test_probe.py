@@ -8,14 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import runs
 import tiny
 from divergent_tokens import backward
-from divergent_tokens import probe as probe_module
+from divergent_tokens import labels as labels_module
 from divergent_tokens.compress import changes
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.expert_forward import open_experts
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import ModelError, SchemeError
+from divergent_tokens.labels import draw_labels
 from divergent_tokens.measure.completions import complete
-from divergent_tokens.probe import draw_labels, kl_of, probe
+from divergent_tokens.probe import kl_of, probe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script. is deprecated:DeprecationWarning"  # within torch.func.jvp
@@ -29,7 +30,7 @@ def completed(base, lengths=(8, 8, 6), new_tokens=5):
 
 def labels_of(base, completions, prompt, draw, seed=0):
     """The labels that the probe draws, from logits computed the obvious way. [token]"""
-    uniforms = probe_module._uniforms(completions, prompt, draw + 1, seed)[draw : draw + 1]
+    uniforms = labels_module._uniforms(completions, prompt, draw + 1, seed)[draw : draw + 1]
     with torch.no_grad():
         return draw_labels(logps_of(base.network, completions, prompt).exp(), uniforms)[0]
 
@@ -87,7 +88,7 @@ def test_with_all_labels_it_is_the_fisher_form(architecture, monkeypatch):
     vocabulary = base.vocabulary_size
     every = torch.arange(vocabulary)
     monkeypatch.setattr(
-        probe_module, "draw_labels", lambda p, _u: every[:, None].expand(-1, len(p))
+        labels_module, "draw_labels", lambda p, _u: every[:, None].expand(-1, len(p))
     )
     found = probe(base, components, SCHEMES, completions, n_draws=vocabulary)
     for p in range(len(completions.prompts)):

@@ -21,7 +21,7 @@ from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import DivergentTokensError, ModelError, RecordError, SchemeError
 from divergent_tokens.measure import metrics
 from divergent_tokens.measure.completions import complete
-from divergent_tokens.measure.layer_runs import LayerRuns
+from divergent_tokens.measure.segments import Segments
 from divergent_tokens.probe import kl_of
 from divergent_tokens.quiet import quietly
 from divergent_tokens.sensitivities import read_sensitivities
@@ -171,7 +171,7 @@ def test_full_passes_give_the_same_rows_and_say_so(tmp_path, monkeypatch):
     def refuse(*_):
         raise ValueError("not this network")
 
-    monkeypatch.setattr(LayerRuns, "_check", refuse)
+    monkeypatch.setattr(Segments, "_check", refuse)
     in_full = swept(model, tmp_path / "b.db", include=["*.v_proj"])
     assert plain(in_full) == plain(found)
     assert in_full.run["passes"] == "ValueError: not this network"

@@ -61,11 +61,15 @@ class Sums:
         self._dots = compiled(_dots) if fused else _dots
         self._ends = [i for i, component in enumerate(components) if component.is_end]
 
-    def start(self, ids: Tensor) -> None:
-        """A batch [prompt, token] begins."""
+    def start(self, ids: Tensor, found: Tensor | None = None) -> Tensor:
+        """A batch [prompt, token] begins, or goes on with what was found of it.
+
+        What will be found: [draw, component, scheme, prompt]
+        """
         self.ids = ids
         shape = (self.n_draws, len(self.components), len(self.schemes), len(ids))
-        self._found = torch.zeros(shape, device=ids.device)
+        self._found = torch.zeros(shape, device=ids.device) if found is None else found
+        return self._found
 
     def take(self) -> NDArray[np.float32]:
         """The batch's s. [component, scheme, prompt, draw]"""
@@ -142,7 +146,7 @@ class Sums:
     ) -> None:
         gradients = delta.to(self.dtype)
         for j, dz in self._moves(i, x, activations, schemes):
-            self._found[self.draw, i, j] += self._dots(dz, gradients).sum(-1)
+            self._found[self.draw, i, j] += self._here(self._dots(dz, gradients).sum(-1))
 
     def _moves(
         self, i: int, x: Tensor, activations: Activations | None, schemes: list[int]
@@ -174,7 +178,7 @@ class Sums:
                 weight = weight_of(self.base.network, self.components[i]).float()
                 moved = changed.float() - part.float()
                 values = values + _inner(_outer(gradient, moved), weight[None])
-            self._found[self.draw, i, schemes, a : a + n] += values
+            self._found[self.draw, i, schemes, a : a + n] += self._here(values)
 
     def _add_rows(self, i: int, x: Tensor, delta: Tensor, prompts: Tensor) -> None:
         """Some tokens [token, in] of prompts [token]: s token by token, then summed by prompt."""
@@ -182,7 +186,7 @@ class Sums:
         for activations, schemes in self._by_activations().items():
             for j, dz in self._moves(i, x, activations, schemes):
                 values = self._dots(dz, delta)
-                self._found[self.draw, i, j].index_add_(0, prompts, values)
+                self._found[self.draw, i, j].index_add_(0, self._here(prompts), self._here(values))
 
     def _add_experts(self, inputs: ExpertInputs, delta: Tensor) -> None:
         """All rows of all experts of a part: one grouped product for each scheme."""
@@ -201,7 +205,7 @@ class Sums:
                 dz += grouped_product(moved, weights, inputs.counts)
             values = dz.new_zeros(len(inputs.counts) * n_prompts, dtype=torch.float32)
             values.index_add_(0, places, self._dots(dz, delta.to(self.dtype)))
-            self._found[self.draw, which, j] += values.view(-1, n_prompts)[experts]
+            self._found[self.draw, which, j] += self._here(values.view(-1, n_prompts)[experts])
 
     def _add_embedding(self, i: int, module: nn.Module, ids: Tensor, delta: Tensor) -> None:
         """The change of looked-up rows, by the module's own lookup (Gemma scales it)."""
@@ -211,7 +215,11 @@ class Sums:
             with torch.no_grad():
                 after = torch.func.functional_call(module, changed, (ids,))
                 dz = after.float() - module(ids).float()
-            self._found[self.draw, i, j] += (dz * delta.float()).sum((1, 2))
+            self._found[self.draw, i, j] += self._here((dz * delta.float()).sum((1, 2)))
+
+    def _here(self, values: Tensor) -> Tensor:
+        """Where the batch's sums are; layers may lie on several devices."""
+        return values.to(self._found.device)
 
     def _by_activations(self) -> Mapping[Activations | None, list[int]]:
         groups: dict[Activations | None, list[int]] = defaultdict(list)

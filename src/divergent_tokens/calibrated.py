@@ -12,6 +12,7 @@ from divergent_tokens.errors import PromptError
 from divergent_tokens.measure.documents import read_documents
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.models import Model
+from divergent_tokens.offload import at_hand
 from divergent_tokens.store import default_cache
 
 N_TEXTS, MOST_TOKENS = 128, 512
@@ -106,7 +107,9 @@ def _make(
         check_installed()
     found = second_moments(base.network, tuple(wanted), calibration)
     for done, (component, moment) in enumerate(found):
-        weight = weight_of(base.network, component)
-        for step in wanted[component]:
-            codes.write(str(step), component, round_by_gptq(weight, moment, step.grid))
+        owner = base.network.get_submodule(component.parameter.rpartition(".")[0])
+        with at_hand(owner):
+            weight = weight_of(base.network, component)
+            for step in wanted[component]:
+                codes.write(str(step), component, round_by_gptq(weight, moment, step.grid))
         progress("gptq", done + 1, len(wanted), "components")

@@ -48,7 +48,7 @@ def network_fingerprint(
 ) -> str:
     """The same for a network in memory: over its tensors' names, dtypes, shapes and bytes."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_tensor_digest, sorted(tensors.items(), key=lambda item: item[0])))
+        digests = list(pool.map(lambda name: _tensor_digest(name, tensors[name]), sorted(tensors)))
     return _combined(digests, config, eos_ids)
 
 
@@ -66,8 +66,7 @@ def _piece_digest(piece: tuple[Path, int]) -> str:
     return digest.hexdigest()
 
 
-def _tensor_digest(item: tuple[str, torch.Tensor]) -> str:
-    name, tensor = item
+def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
     header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
     digest = hashlib.sha256(header.encode())
     # Through bytes, because numpy knows neither bfloat16 nor the 8-bit floats.

@@ -1,7 +1,9 @@
 """A language model as it runs, loaded from a folder, the hub, a GGUF file or the demo's package."""
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +30,7 @@ from divergent_tokens.network_checks import (
     refuse_unfit_weights,
     refuse_unknown,
 )
+from divergent_tokens.offload import StoredWeights, pin_weights, placement, running_device
 from divergent_tokens.quiet import loading, one_line, quietly
 from divergent_tokens.store import default_cache
 from divergent_tokens.vocabularies import first_difference
@@ -71,7 +75,7 @@ class Model:
         # Only a saved config names its architecture; the class always does.
         config = network.config.to_dict() | {"architectures": [type(network).__name__]}
         eos_ids = _eos_ids(network, tokenizer)
-        fingerprint = network_fingerprint(network.state_dict(), config, eos_ids)
+        fingerprint = network_fingerprint(StoredWeights(network), config, eos_ids)
         return cls(network, tokenizer, reference, fingerprint)
 
     @property
@@ -90,7 +94,10 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go in: the device of the input embedding."""
-        weight = getattr(self.network.get_input_embeddings(), "weight", None)
+        embedding: Any = self.network.get_input_embeddings()
+        weight = getattr(embedding, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_meta:
+            return running_device(embedding) or weight.device
         return weight.device if isinstance(weight, torch.Tensor) else self.network.device
 
     @property
@@ -126,6 +133,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    max_memory: int | None = None,
     cache: Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -134,7 +142,10 @@ def load_model(
 
     `dtype`: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, elsewhere the
     checkpoint's own (float32 for a GGUF). `device`: as torch names it, or "auto": cuda if there is
-    one, else the CPU. Weights are dense floats, except those of a checkpoint in a quantized format
+    one, else the CPU. Where the weights do not fit one accelerator, the layers fill all of them
+    ("auto"), or the one that was named, and the rest waits in CPU memory and on disk until it is
+    read. `max_memory`: bytes of weights that each device may hold (on a CPU the rest waits on
+    disk). Weights are dense floats, except those of a checkpoint in a quantized format
     that transformers reads, which run as transformers runs them.
 
     A GGUF is dequantized once, in tens of seconds; the dense copy stays in `cache` (default: the
@@ -147,15 +158,18 @@ def load_model(
     """
     reference = str(reference)
     where = _device(device)
+    spread = _devices(where) if device == "auto" else [where]
     precision = _precision(dtype, where)
     path = gguf_files.demo_file() if reference == gguf_files.DEMO else None
     path = path or model_files.find_model(reference)
     if path.is_dir():
-        load = partial(_load_folder, path, reference, precision, where)
+        load = partial(_load_folder, path, reference, precision, spread, max_memory)
         return load(allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     fingerprint, folder = _dense_copy(path, reference, cache)
     try:
-        network = _load_network(folder, reference, dtype=precision, **_placement(where))
+        config = AutoConfig.from_pretrained(folder)
+        placed = _placement(config, spread, precision, max_memory)
+        network = _load_network(folder, reference, dtype=precision, **placed)
         tokenizer = _load_tokenizer(folder, reference)
     except ModelError as error:
         raise ModelError(
@@ -235,7 +249,8 @@ def _load_folder(
     folder: Path,
     reference: str,
     dtype: str | torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device],
+    max_memory: int | None,
     *,
     allow_pickle: bool,
     trust_remote_code: bool,
@@ -254,7 +269,7 @@ def _load_folder(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=None if allow_pickle else True,
-        **_placement(device),
+        **_placement(config, devices, dtype, max_memory),
     )
     if trust_remote_code:
         files += tuple(sorted(folder.glob("*.py")))  # code of its own is part of what it computes
@@ -308,14 +323,22 @@ def _load_network(folder: Path, reference: str, **options: Any) -> PreTrainedMod
     """The network, with all of its weights from the file and all of them finite."""
     # Shapes that do not fit come in the report as well, by name, rather than as an exception.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    rewritten = None
+    if "disk" in options.get("device_map", {}).values():  # what is not stored as it runs goes there
+        rewritten = tempfile.TemporaryDirectory(prefix="divergent-tokens-")
+        options["offload_folder"] = rewritten.name
     loaded: Any
     with loading(reference, "weights"):
         loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
     network, report = loaded
+    if rewritten is not None:
+        weakref.finalize(network, rewritten.cleanup)
     refuse_unfit_weights(report, reference)
     refuse_not_finite(network, reference)
     network.eval()
     network.requires_grad_(False)
+    if torch.cuda.is_available():
+        pin_weights(network)
     if getattr(network.config, "quantization_config", None) is not None:
         with loading(reference, "weights"), torch.no_grad():  # some unpack them when first run
             network(torch.zeros(1, 1, dtype=torch.long, device=network.device))
@@ -356,6 +379,33 @@ def _precision(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     return found
 
 
-def _placement(device: torch.device) -> dict[str, Any]:
-    """from_pretrained's argument that loads straight onto an accelerator."""
-    return {} if device.type == "cpu" else {"device_map": {"": device}}
+def _devices(first: torch.device) -> list[torch.device]:
+    """All accelerators of a kind, or the CPU."""
+    if first.type != "cuda":
+        return [first]
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def _placement(
+    config: PretrainedConfig,
+    devices: Sequence[torch.device],
+    dtype: str | torch.dtype,
+    max_memory: int | None,
+) -> dict[str, Any]:
+    """from_pretrained's arguments that load straight to where the weights shall be."""
+    first = devices[0]
+    whole = {} if first.type == "cpu" else {"device_map": {"": first}}
+    quantized = getattr(config, "quantization_config", None) is not None
+    if max_memory is None and (first.type == "cpu" or quantized):
+        return whole
+    if quantized:
+        raise ModelError(
+            "a quantized checkpoint is loaded whole; leave --max-memory out, or give the dense one"
+        )
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    running = dtype if isinstance(dtype, torch.dtype) else stored
+    with quietly(), torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    outline.tie_weights()
+    found = placement(outline, devices, dtype=running, max_memory=max_memory)
+    return whole if found is None else {"device_map": found}

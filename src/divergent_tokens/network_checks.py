@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from divergent_tokens.errors import ModelError
+from divergent_tokens.offload import StoredWeights
 
 
 def refuse_unknown(config: Mapping[str, Any], reference: str, *, trust_remote_code: bool) -> None:
@@ -98,7 +99,7 @@ def _refuse_names(names: Collection[str], problem: str, reference: str) -> None:
 
 def refuse_not_finite(network: PreTrainedModel, reference: str) -> None:
     """ModelError for NaN or infinite weights, by the parameter's name."""
-    for name, tensor in network.state_dict().items():
+    for name, tensor in StoredWeights(network).items():
         # Quantized layers may keep other things than tensors there.
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue

@@ -11,7 +11,6 @@ there reaches the completion through attention.
 All components' s come from the same backward pass, which needs no gradient of any weight.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from divergent_tokens.backward import Sums
 from divergent_tokens.compiled import compiled_norms, compiler_works, compiling_pays
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.schemes import Scheme
-from divergent_tokens.layers import layer_matrices, operations_a_token, used_experts
+from divergent_tokens.labels import at_completions
+from divergent_tokens.layers import decoder_layers, layer_matrices, operations_a_token, used_experts
+from divergent_tokens.layerwise import probe_by_layers
 from divergent_tokens.measure.batches import BatchSize, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
 from divergent_tokens.measure.intervals import pooled
 from divergent_tokens.measure.progress import Progress, silent
-from divergent_tokens.measure.scores import chunk_tokens
-from divergent_tokens.measure.states import by_length, completion_states
+from divergent_tokens.measure.states import by_length
 from divergent_tokens.models import Model
+from divergent_tokens.offload import is_offloaded
 
 FIRST_TRY_CPU, MOST_AT_ONCE = 8, 128
 """Sequences at once."""
@@ -95,9 +95,14 @@ def probe(
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0
+    run = partial(_run, base, head, completions, sums, seed)
+    if is_offloaded(base.network):
+        compiled = False
+        batches = probe_by_layers(base, head, completions, sums, seed, order, size, progress)
+    else:
+        batches = run_batches(order, size, run)
     with compiled_norms(base.network, compiled), sums.watching():
-        run = partial(_run, base, head, completions, sums, seed)
-        for batch, found in run_batches(order, size, run):
+        for batch, found in batches:
             draws[:, :, list(batch)] = found
             done += len(batch)
             progress("probe", done, len(order), "prompts")
@@ -120,6 +125,8 @@ def _first_batch(base: Model, completions: Completions) -> int:
         sum(parameter.shape[-2:]) * (used if is_stack else 1)
         for parameter, is_stack in layer_matrices(base.network)
     )
+    if is_offloaded(base.network):  # one layer's at a time
+        widths = math.ceil(widths / len(decoder_layers(base.network)[1]))
     longest = int(completions.sequence_lengths.max())
     fitting = max(1, ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize))
     n = len(completions.prompts)
@@ -156,58 +163,12 @@ def _run(
     sequences = completions.sequences()
     ids = padded([sequences[i] for i in batch], base.device)
     sums.start(ids)
-    rows = np.repeat(np.arange(len(batch)), completions.lengths[list(batch)])
     with torch.enable_grad():
-        states = completion_states(base, completions, batch, ids, head.hidden(ids))
-        chosen = torch.cat(states)  # [token, hidden]
-        uniforms = torch.cat([_uniforms(completions, i, sums.n_draws, seed) for i in batch], 1)
-        gradients = _head_gradients(head, chosen.detach(), uniforms, sums, rows)
+        chosen, gradients = at_completions(
+            base, head, completions, sums, seed, batch, ids, head.hidden(ids)
+        )
         for draw, gradient in enumerate(gradients):
             sums.draw = draw
             last = draw == sums.n_draws - 1
             torch.autograd.grad(chosen, sums.leaf, gradient, retain_graph=not last)
     return sums.take()
-
-
-def _uniforms(completions: Completions, prompt: int, n_draws: int, seed: int) -> Tensor:
-    """What decides the labels of one prompt's tokens. [draw, token]"""
-    digest = completions.prompts.prompts[prompt].digest
-    rows = []
-    for draw in range(n_draws):
-        number = hashlib.sha256(f"{seed} {digest} {draw}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(number[:8], "big") >> 1)
-        length = int(completions.lengths[prompt])
-        rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
-    return torch.stack(rows)
-
-
-def draw_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels [draw, token] of distributions [token, vocab], by inverting their sums at uniforms."""
-    sums = probabilities.double().cumsum(-1)
-    wanted = uniforms.t().to(sums.device) * sums[:, -1:]
-    labels = torch.searchsorted(sums, wanted.contiguous(), right=True)
-    return labels.clamp(max=probabilities.shape[1] - 1).t()
-
-
-def _head_gradients(
-    head: Head, hidden: Tensor, uniforms: Tensor, sums: Sums, rows: NDArray[np.int64]
-) -> Tensor:
-    """Gradients of the labels' log-probabilities at hidden states [token, hidden], by draw.
-
-    Chunk by chunk, so that the vocabulary is never held for all tokens. [draw, token, hidden]
-    """
-    found = hidden.new_zeros((sums.n_draws, *hidden.shape))
-    with torch.no_grad():
-        n = chunk_tokens(head, hidden)
-    for a in range(0, len(hidden), n):
-        part = hidden[a : a + n].clone().requires_grad_(True)
-        sums.head_rows = torch.from_numpy(rows[a : a + n]).to(hidden.device)
-        logps = head.logits(part).log_softmax(-1)
-        labels = draw_labels(logps.detach().exp(), uniforms[:, a : a + n])
-        for draw in range(sums.n_draws):
-            sums.draw = draw
-            own = logps.gather(-1, labels[draw, :, None]).sum()
-            last = draw == sums.n_draws - 1
-            (found[draw, a : a + n],) = torch.autograd.grad(own, part, retain_graph=not last)
-    sums.head_rows = None
-    return found

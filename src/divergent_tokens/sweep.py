@@ -4,8 +4,11 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from divergent_tokens.measure.scores import (
 )
 from divergent_tokens.measure.states import States, base_states, device_name
 from divergent_tokens.models import Model
+from divergent_tokens.offload import is_offloaded
 from divergent_tokens.probe import kl_of, probe
 from divergent_tokens.sensitivities import (
     ComponentRow,
@@ -55,7 +59,12 @@ from divergent_tokens.sensitivities import (
 )
 from divergent_tokens.store import content_key
 
+VARIANT_BYTES = 8 * 2**30
+"""Where weights are read from elsewhere: hidden states of rows that go through together."""
+
 Todo = list[tuple[Component, Scheme]]
+_Row = tuple[Sensitivity, NDArray[Any]]
+"""With its KL in nats by prompt."""
 
 
 def sweep(
@@ -70,6 +79,7 @@ def sweep(
     n_draws: int = 1,
     new_tokens: int = 128,
     ignore_eos: bool = False,
+    by_vllm: bool = False,
     text: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -118,6 +128,7 @@ def sweep(
         new_tokens=new_tokens,
         ignore_eos=ignore_eos,
         batch_size=batch_size,
+        by_vllm=by_vllm,
         cache=cache,
         progress=progress,
     )
@@ -301,41 +312,82 @@ class _Ground:
         found = perplexity(self.base, self.head, self.text, batch_size=self.states.batch_size)
         return float(np.exp(found.nats.mean()))
 
-    def row(self, component: Component, scheme: Scheme) -> tuple[Sensitivity, NDArray[Any]]:
+    def row(self, component: Component, scheme: Scheme) -> _Row:
         """The measured row of a component under a scheme, and its KL in nats by prompt."""
+        errors: dict[Pair, float | None] = {}
+        with self._lent(component, scheme, errors), _naming(component, scheme):
+            found = self.divergence(component.layer)
+            ppl = self.perplexity()
+        return _row(component, scheme, found, ppl, errors.get((component.name, str(scheme))))
+
+    def rows(self, layer: int, todo: Todo) -> Iterator[_Row]:
+        """Rows of several pairs of one layer: the layers' weights are read once for all of them."""
+        errors: dict[Pair, float | None] = {}
+        lent = [partial(self._lent, component, scheme, errors) for component, scheme in todo]
+        for (component, scheme), batches in zip(
+            todo, self.layer_runs.hidden_of_each(layer, lent), strict=True
+        ):
+            with _naming(component, scheme):
+                scores = score_hidden(
+                    batches, self.base, self.head, self.completions, self.base_logits
+                )
+            found = divergence_of(scores, self.completions)
+            ppl = None
+            if self.text is not None:
+                with self._lent(component, scheme, {}):
+                    ppl = self.perplexity()
+            yield _row(component, scheme, found, ppl, errors[component.name, str(scheme)])
+
+    @contextmanager
+    def _lent(
+        self, component: Component, scheme: Scheme, errors: dict[Pair, float | None]
+    ) -> Iterator[None]:
+        """The base with one component changed; how far goes into `errors`."""
         before = weight_of(self.base.network, component)
         plan = Plan({component.name: scheme})
         with lent_plan(self.base, plan, components=[component]):
-            error = _relative_error(before, weight_of(self.base.network, component))
-            try:
-                found = self.divergence(component.layer)
-                ppl = self.perplexity()
-            except ModelError as wrong:
-                raise ModelError(
-                    f"{component.name} under {scheme}: {wrong}; or exclude the component"
-                ) from wrong
-        assert found.kl is not None
-        assert found.nats is not None
-        assert found.acceptance is not None
-        n_tokens = int(found.n_tokens.sum())
-        kl, kl_se = pooled(found.kl, found.n_tokens)
-        row = Sensitivity(
-            component=component.name,
-            scheme=str(scheme),
-            method="measure",
-            kl=kl,
-            kl_se=kl_se,
-            fdt=float(found.fdt.mean()),
-            sdt=float(found.n_divergent.sum() / n_tokens),
-            dppl=float(np.exp(found.nats.sum() / n_tokens)),
-            acceptance=float(found.acceptance.sum() / n_tokens),
-            ppl=ppl,
-            weight_error=error,
-            n_prompts=len(found.fdt),
-            size_bytes=scheme.size_bytes(component),
-            seconds=0.0,
-        )
-        return row, found.kl
+            after = weight_of(self.base.network, component)
+            if not after.is_meta:
+                errors[component.name, str(scheme)] = _relative_error(before, after)
+            yield
+
+
+def _row(
+    component: Component, scheme: Scheme, found: Divergence, ppl: float | None, error: float | None
+) -> _Row:
+    assert found.kl is not None
+    assert found.nats is not None
+    assert found.acceptance is not None
+    n_tokens = int(found.n_tokens.sum())
+    kl, kl_se = pooled(found.kl, found.n_tokens)
+    row = Sensitivity(
+        component=component.name,
+        scheme=str(scheme),
+        method="measure",
+        kl=kl,
+        kl_se=kl_se,
+        fdt=float(found.fdt.mean()),
+        sdt=float(found.n_divergent.sum() / n_tokens),
+        dppl=float(np.exp(found.nats.sum() / n_tokens)),
+        acceptance=float(found.acceptance.sum() / n_tokens),
+        ppl=ppl,
+        weight_error=error,
+        n_prompts=len(found.fdt),
+        size_bytes=scheme.size_bytes(component),
+        seconds=0.0,
+    )
+    return row, found.kl
+
+
+@contextmanager
+def _naming(component: Component, scheme: Scheme) -> Iterator[None]:
+    """What goes wrong with the model says under which pair."""
+    try:
+        yield
+    except ModelError as wrong:
+        raise ModelError(
+            f"{component.name} under {scheme}: {wrong}; or exclude the component"
+        ) from wrong
 
 
 def _measure(
@@ -353,14 +405,28 @@ def _measure(
     todo = sorted(todo, key=lambda pair: -1 if pair[0].layer is None else pair[0].layer)
     costs = _costs(ground, [component for component, _ in todo])
     before = time.perf_counter()
-    for i, (component, scheme) in enumerate(todo):
-        if component.layer is not None:
-            ground.layer_runs.go_to(component.layer)
-        row, prompt_kl = ground.row(component, scheme)
+    for i, (row, prompt_kl) in enumerate(_rows(ground, todo)):
         now = time.perf_counter()
         writer.add(dataclasses.replace(row, seconds=now - before), prompt_kl=prompt_kl)
         before = now
         progress("sweep", int(costs[i]), int(costs[-1]), "layers")
+
+
+def _rows(ground: _Ground, todo: Todo) -> Iterator[_Row]:
+    """Rows one by one; where weights wait elsewhere, those of a layer as many at once as may be."""
+    runs = ground.layer_runs
+    together = is_offloaded(ground.base.network) and runs.refusal is None
+    for layer, group in groupby(todo, key=lambda pair: pair[0].layer):
+        pairs = list(group)
+        if layer is not None:
+            runs.go_to(layer)
+        if layer is None or not together:
+            yield from (ground.row(*pair) for pair in pairs)
+            continue
+        hidden_bytes = runs.n_tokens * ground.states.array.shape[1] * ground.base.dtype.itemsize
+        n = max(1, VARIANT_BYTES // hidden_bytes)
+        for start in range(0, len(pairs), n):
+            yield from ground.rows(layer, pairs[start : start + n])
 
 
 def _floors(ground: _Ground, own: TokenScores, seed: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from divergent_tokens.measure.completions import check_positions
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.models import Model
+from divergent_tokens.offload import is_offloaded
 from divergent_tokens.sensitivities import ROUNDING_FACTOR, read_sensitivities
 
 SCHEMA = "divergent-tokens/verification/1"
@@ -124,6 +125,11 @@ def verify(
     is a check that failed. Raises RecordError for a folder without a plan, and for a plan of
     another base.
     """
+    if is_offloaded(base.network):
+        raise ModelError(
+            f"{base.reference} does not fit {base.device} whole, which comparing weight by weight "
+            "needs; give --device cpu"
+        )
     file = read_plan(folder / PLAN)
     check_base(file, base, folder / PLAN)
     components = find_components(base.network, include=["*"])

@@ -7,7 +7,7 @@ import torch
 import runs
 import tiny
 from divergent_tokens.errors import PromptError
-from divergent_tokens.measure import completions as module
+from divergent_tokens.measure import ways
 from divergent_tokens.measure.completions import complete
 
 CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -76,7 +76,7 @@ def forbidden(monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("something was generated")
 
-    return lambda: monkeypatch.setattr(module, "generate", never)
+    return lambda: monkeypatch.setitem(ways.WAYS, "dynamic", never)
 
 
 def test_the_second_time_nothing_is_generated(tmp_path, ending, prompts, forbidden):

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,20 @@ from typing import Annotated
 import typer
 
 from divergent_tokens.compress.couplings import Coupling
+from divergent_tokens.errors import DivergentTokensError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 20GiB, 500MB, or 24gb."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) == 0:
+        raise DivergentTokensError(
+            f"{text!r} is no size of memory; expected one such as 20GiB or 500MB"
+        )
+    unit = 1024 if found[3] else 1000
+    return int(float(found[1]) * unit ** " kmgt".index(found[2].lower() or " "))
 
 
 class Format(StrEnum):
@@ -40,6 +55,22 @@ NewTokens = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Each document is a user's turn in the chat template.")
 ]
+
+
+class Writer(StrEnum):
+    """Who writes the base's completions."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+GenerateWith = Annotated[
+    Writer,
+    typer.Option(
+        "--generate-with",
+        help="Who writes the base's completions; vllm must be installed, and loads the base again.",
+    ),
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end of sequence.")]
 TextField = Annotated[
     str, typer.Option("--text-field", help="The field of a row that holds its text.")
@@ -49,6 +80,16 @@ BatchSize = Annotated[
     typer.Option("--batch-size", min=1, help="Sequences at once; found by trying if left out."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        parser=parse_size,
+        help="Weights on each device at most, as in 20GiB; other layers wait in CPU memory or on "
+        "disk until it is their turn. Left out: as fits.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -20,6 +20,7 @@ from divergent_tokens.compress.expert_forward import ExpertInputs, keep_open
 from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.schemes import Activations
 from divergent_tokens.errors import ModelError
+from divergent_tokens.offload import change_elsewhere, is_offloaded, lent_elsewhere, running_device
 
 if TYPE_CHECKING:
     from divergent_tokens.models import Model
@@ -33,7 +34,8 @@ def lent_plan(
 
     The network is the same object: whoever else holds it sees the change. Afterwards, and after
     any exception or interrupt, every parameter has its own storage back, so nothing can have been
-    rounded, and inputs go in as they are. The memory of the touched parameters is needed twice.
+    rounded, and inputs go in as they are. The memory of the touched parameters is needed twice;
+    those that wait outside the device are compressed each time that they are read instead.
     Lending may be nested.
 
     `components`, if known already, saves finding them again. Raises SchemeError or ModelError
@@ -43,6 +45,10 @@ def lent_plan(
     with ExitStack() as stack:  # gives back the rest too if giving back is interrupted
         _quantize_inputs(stack, model.network, holders, plan)
         for parameter, held in holders:
+            if parameter.is_meta:
+                change = partial(_compressed, held=held, plan=plan)
+                stack.enter_context(lent_elsewhere(model.network, held[0].parameter, change))
+                continue
             compressed = _compressed(parameter, held, plan)
             stack.callback(setattr, parameter, "data", parameter.data)
             parameter.data = compressed
@@ -62,7 +68,11 @@ def apply_plan(
         _quantize_inputs(stack, model.network, holders, plan)
         stack.pop_all()  # it is not closed: they stay
     for parameter, held in holders:
-        parameter.data = _compressed(parameter, held, plan)
+        if parameter.is_meta:
+            change = partial(_compressed, held=held, plan=plan)
+            change_elsewhere(model.network, held[0].parameter, change)
+        else:
+            parameter.data = _compressed(parameter, held, plan)
     return _renamed(model, plan)
 
 
@@ -90,9 +100,10 @@ def _check_parameter(
 ) -> None:
     for component in held:
         component_view(parameter.detach(), component)  # raises if it is another network's component
-    if parameter.is_meta:
+    if held[0].is_end and is_offloaded(network):
         raise ModelError(
-            f"{held[0].name} is not in memory (offloaded); load the model whole to compress it"
+            f"{held[0].name} cannot be changed while layers wait outside the device; exclude it, "
+            "or load the model whole"
         )
     ends = cast(Any, network)  # transformers leaves these two methods untyped
     embeddings = (ends.get_input_embeddings(), ends.get_output_embeddings())
@@ -106,7 +117,7 @@ def _check_parameter(
 
 
 @torch.no_grad()
-def _compressed(parameter: nn.Parameter, held: list[Component], plan: Plan) -> Tensor:
+def _compressed(parameter: Tensor, held: list[Component], plan: Plan) -> Tensor:
     """A copy of the parameter's storage in which the components are compressed."""
     storage = parameter.detach().clone()
     for component in held:
@@ -142,7 +153,9 @@ def _quantize_inputs(
                 stack.callback(hook.remove)
             continue
         masks = stacked.setdefault(component.part_of_stack, {})
-        none = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+        owner = network.get_submodule(component.part_of_stack[0])
+        device = running_device(owner) or parameter.device
+        none = torch.zeros(len(parameter), dtype=torch.bool, device=device)
         masks.setdefault(activations, none)[component.stack_index] = True
     keep_open(stack, network, [c for _, c, _ in active], partial(_quantized_rows, stacked))
 

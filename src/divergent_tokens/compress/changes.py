@@ -38,8 +38,7 @@ class Changes:
         self.schemes = schemes
         self.dtype = dtype
         self._change = compiled(_change) if fused else _change
-        shape = (len(components), len(schemes))
-        self._errors = torch.full(shape, torch.nan, dtype=torch.float64, device=network.device)
+        self._errors: dict[tuple[str, ...] | int, tuple[list[int], list[int], Tensor]] = {}
         self._experts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         for i, component in enumerate(components):
             if component.stack_index is not None:
@@ -50,8 +49,15 @@ class Changes:
     @property
     def relative_errors(self) -> NDArray[np.float64]:
         """‖ΔW‖ / ‖W‖, Frobenius, of those that were made. [component, scheme]"""
-        found: NDArray[np.float64] = self._errors.cpu().numpy()
+        found = np.full((len(self.components), len(self.schemes)), np.nan)
+        for which, schemes, errors in self._errors.values():  # a device is waited for only here
+            found[np.ix_(which, schemes)] = errors.cpu().numpy()
         return found
+
+    def forget(self) -> None:
+        """Let go of all changes that were kept."""
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def members(self, stack: str, part: str) -> Mapping[int, int]:
         """Expert -> component, of a part (gate_proj, ...) of a stack; empty if none was chosen."""
@@ -66,9 +72,11 @@ class Changes:
         weight = weight_of(self.network, component)
         size = _norm(weight)
         changes = weight.new_empty((len(self.schemes), *weight.shape), dtype=self.dtype)
+        errors = []
         for j, scheme in enumerate(self.schemes):
             changes[j], moved = self._change(scheme, weight, component)
-            self._errors[i, j] = moved / size
+            errors.append(moved / size)
+        self._errors[i] = ([i], list(range(len(self.schemes))), torch.stack(errors)[None])
         self._keep(i, changes)
         return changes
 
@@ -92,7 +100,8 @@ class Changes:
                 changed[expert] = scheme.compress(weight, component).float()
         changes = changed - weights
         experts, which = list(members), list(members.values())
-        self._errors[which, j] = (_norm(changes) / _norm(weights))[experts]
+        errors = (_norm(changes) / _norm(weights))[experts, None]
+        self._errors[stack, part, str(j)] = (which, [j], errors)
         changes = changes.to(self.dtype)
         self._keep(key, changes)
         return changes

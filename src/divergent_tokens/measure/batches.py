@@ -29,6 +29,11 @@ def first_batch_size(device: torch.device) -> BatchSize:
     return BatchSize(FIRST_TRY_CPU if device.type == "cpu" else FIRST_TRY_GPU)
 
 
+def in_batches(items: Sequence[int], size: BatchSize) -> list[Sequence[int]]:
+    """The items in batches of the size; the last one may be smaller."""
+    return [items[start : start + size.value] for start in range(0, len(items), size.value)]
+
+
 def run_batches(
     items: Sequence[int], size: BatchSize, run: Callable[[Sequence[int]], T]
 ) -> Iterator[tuple[Sequence[int], T]]:

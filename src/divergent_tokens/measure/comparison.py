@@ -112,6 +112,7 @@ class Comparison:
             "prefix": c.prompts.prefix,
             "new_tokens": c.new_tokens,
             "ignore_eos": c.ignore_eos,
+            "decoding": c.decoding,
             "texts": [prompt.text for prompt in c.prompts.prompts],
             "margins": [
                 [round(float(m), 4) for m in row[:length]]
@@ -128,6 +129,7 @@ def compare(
     scores: Mapping[str, Path] | None = None,
     new_tokens: int = 128,
     ignore_eos: bool = False,
+    by_vllm: bool = False,
     text: str | None = None,
     n_examples: int = 0,
     level: float = 0.95,
@@ -160,6 +162,7 @@ def compare(
         new_tokens=new_tokens,
         ignore_eos=ignore_eos,
         batch_size=batch_size,
+        by_vllm=by_vllm,
         cache=cache,
         progress=progress,
     )

@@ -1,7 +1,7 @@
 """The base's greedy continuations: what every candidate is compared with."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from divergent_tokens.errors import PromptError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size, run_batches
-from divergent_tokens.measure.generation import generate
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.vllm import generate_by_vllm
+from divergent_tokens.measure.ways import WAYS, fastest_way
 from divergent_tokens.models import Model
 from divergent_tokens.store import content_key, read_entry, writing_entry
-
-STATIC_CACHE_STEPS = 4000
-"""Decoding steps of one shape from which a static cache pays for its compilation."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class Completions:
     new_tokens: int
     """N, the most tokens a completion may have."""
     ignore_eos: bool
+    decoding: str = "dynamic"
+    """Which way of `ways.py` was used most: in bfloat16 another way writes another text."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -72,6 +72,7 @@ def complete(
     new_tokens: int = 128,
     ignore_eos: bool = False,
     batch_size: int | None = None,
+    by_vllm: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Completions:
@@ -79,8 +80,9 @@ def complete(
 
     Greedy is the argmax of raw logits in float32, whatever the checkpoint's generation config says;
     only its end-of-sequence ids are used. Such a token ends a completion and is its last one; with
-    `ignore_eos` every completion has `new_tokens` tokens. Raises PromptError where prompt and
-    completion do not fit the model's positions.
+    `ignore_eos` every completion has `new_tokens` tokens. transformers writes, in the fastest of
+    its ways, or vLLM (`by_vllm`). Raises PromptError where prompt and completion do not fit the
+    model's positions.
     """
     check_positions(model, prompts, new_tokens)
     key = content_key(
@@ -91,19 +93,30 @@ def complete(
         prompts=prompts.digest,
         new_tokens=new_tokens,
         eos_ids=[] if ignore_eos else list(model.eos_ids),
+        **({"by": "vllm"} if by_vllm else {}),
     )
     entry = read_entry(cache, key)
     if entry is None:
-        rows = _generate_all(model, prompts, new_tokens, ignore_eos, batch_size, progress)
+        if by_vllm:
+            ends = () if ignore_eos else model.eos_ids
+            given = [prompt.ids for prompt in prompts.prompts]
+            rows = generate_by_vllm(model, given, new_tokens=new_tokens, eos_ids=ends)
+            way = "vllm"
+        else:
+            rows, way = _generate_all(
+                model, prompts, new_tokens, ignore_eos, batch_size, cache, progress
+            )
         ids, lengths = _padded(rows)
         if cache is not None:
             with writing_entry(cache, key) as writer:
+                writer.header["decoding"] = way
                 writer.array("ids", ids.shape, ids.dtype)[:] = ids
                 writer.array("lengths", lengths.shape, lengths.dtype)[:] = lengths
     else:
         ids, lengths = np.array(entry.arrays["ids"]), np.array(entry.arrays["lengths"])
+        way = entry.header.get("decoding", "dynamic")
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return Completions(prompts, ids, mask, new_tokens, ignore_eos)
+    return Completions(prompts, ids, mask, new_tokens, ignore_eos, way)
 
 
 def check_positions(model: Model, prompts: PromptSet, new_tokens: int) -> None:
@@ -125,13 +138,16 @@ def _generate_all(
     new_tokens: int,
     ignore_eos: bool,
     batch_size: int | None,
+    cache: Path | None,
     progress: Progress,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], str]:
+    """What was written after each prompt, and the way in which most of it was."""
     size = BatchSize(batch_size) if batch_size else first_batch_size(model.device)
     ends = () if ignore_eos else model.eos_ids
     rows: list[list[int]] = [[] for _ in prompts.prompts]
     total = len(prompts) * new_tokens
-    done = n_batches = 0
+    done = 0
+    ways: Counter[str] = Counter()
 
     def run(batch: Sequence[int]) -> list[list[int]]:
         steps = 0
@@ -142,33 +158,20 @@ def _generate_all(
             progress("completions", done + steps * len(batch), total, "tokens")
 
         ids = torch.tensor([prompts.prompts[i].ids for i in batch], device=model.device)
-        return generate(
-            model.network,
-            ids,
-            new_tokens=new_tokens,
-            eos_ids=ends,
-            static_cache=len(batch) == size.value and compiling_pays(model, n_batches * new_tokens),
-            on_step=on_step,
+        way = fastest_way(
+            model, ids, new_tokens=new_tokens, n_steps=n_batches * new_tokens, cache=cache
         )
+        ways[way] += len(batch)
+        return WAYS[way](model.network, ids, new_tokens=new_tokens, eos_ids=ends, on_step=on_step)
 
     for group in _by_length(prompts):
-        n_batches = len(group) // size.value  # the last, smaller one would be compiled anew
+        n_batches = len(group) // size.value  # the last, smaller one has another shape
         for batch, written in run_batches(group, size, run):
             for i, row in zip(batch, written, strict=True):
                 rows[i] = row
             done += len(batch) * new_tokens
             progress("completions", done, total, "tokens")
-    return rows
-
-
-def compiling_pays(model: Model, n_steps: int) -> bool:
-    """Whether a static cache, whose steps are compiled on a GPU, is the faster for so many.
-
-    On an H100 compiling SmolLM2 took 42 s and saved 18 ms a step (benchmarks/generation.py). On a
-    CPU nothing is compiled, and the static cache attends to positions that are still empty.
-    """
-    can_compile = bool(getattr(model.network, "_can_compile_fullgraph", False))
-    return model.device.type == "cuda" and can_compile and n_steps >= STATIC_CACHE_STEPS
+    return rows, ways.most_common(1)[0][0]
 
 
 def _by_length(prompts: PromptSet) -> Iterator[list[int]]:

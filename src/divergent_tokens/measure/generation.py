@@ -27,7 +27,6 @@ def generate(
     eos_ids: Sequence[int] = (),
     sample: bool = False,
     seed: int = 0,
-    static_cache: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt [prompt, token] (one length, no padding).
@@ -43,7 +42,6 @@ def generate(
         eos_token_id=list(eos_ids) or None,
         pad_token_id=eos_ids[0] if eos_ids else 0,
         **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
-        **({"cache_implementation": "static"} if static_cache else {}),
     )
     devices = [prompt_ids.device] if prompt_ids.is_cuda else []
     with (
@@ -60,7 +58,7 @@ def generate(
             streamer=_Steps(on_step) if on_step else None,
         )
     rows = output[:, prompt_ids.shape[1] :].tolist()
-    return [_until_end(row, set(eos_ids)) for row in rows]
+    return [until_end(row, set(eos_ids)) for row in rows]
 
 
 class _Steps(BaseStreamer):
@@ -79,7 +77,8 @@ class _Steps(BaseStreamer):
         pass
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids up to the first of the ends, which is kept."""
     for position, token in enumerate(ids):
         if token in ends:
             return ids[: position + 1]

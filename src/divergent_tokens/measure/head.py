@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,16 @@ from transformers.utils.generic import ModelOutput
 
 from divergent_tokens.errors import ModelError
 from divergent_tokens.layers import with_forward
+from divergent_tokens.offload import is_offloaded, running_device
 
 
 class _BodyDone(Exception):  # noqa: N818  # not an error: it carries the body's output out of the forward
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
+
+
+_found: "WeakKeyDictionary[PreTrainedModel, tuple[str, type[ModelOutput]]]" = WeakKeyDictionary()
+"""The bodies of networks whose weights wait elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Head:
         try:
             self.network(input_ids=ids, use_cache=False)
         except _BodyDone as done:
-            return done.hidden
+            return done.hidden.to(ids.device)  # several devices may have shared the layers
         finally:
             hook.remove()
         raise ModelError(
@@ -61,7 +67,7 @@ class Head:
 
         with with_forward(self.body, forward):
             logits: Tensor = self.network(inputs_embeds=hidden[None], use_cache=False).logits
-        return logits[0].float()
+        return logits[0].to(hidden.device).float()
 
 
 @torch.no_grad()
@@ -72,9 +78,11 @@ def kept_head(head: Head, hidden: Tensor) -> Head:
     so it needs no memory. Who lends a weight gives the parameter other storage for a while
     (`parameter.data = ...`), which the copy does not see. Where a copy does not give the same
     logits of `hidden` [token, hidden] (somebody put a forward there that runs the original), the
-    head itself comes back.
+    head itself comes back; also where weights wait elsewhere, since nothing there can be lent.
     """
     network = head.network
+    if is_offloaded(network):
+        return head
     shared: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
     for parameter in network.parameters():
         plain = type(parameter) is nn.Parameter  # other kinds (bitsandbytes') are never lent
@@ -90,8 +98,12 @@ def kept_head(head: Head, hidden: Tensor) -> Head:
 def find_head(network: PreTrainedModel) -> Head:
     """Where the network's layers end, found by watching one short forward pass.
 
+    Where weights wait elsewhere the passes are long, so that it is found once for a network.
     Raises ModelError where the two halves do not give the network's own logits, bit for bit.
     """
+    if network in _found:
+        name, returned = _found[network]
+        return Head(network, network.get_submodule(name), returned)
     calls: list[tuple[nn.Module, ModelOutput]] = []
 
     def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -100,7 +112,8 @@ def find_head(network: PreTrainedModel) -> Head:
 
     hooks = [module.register_forward_hook(watch) for module in network.modules()]
     embedding: Any = network.get_input_embeddings()
-    ids = torch.arange(4, device=embedding.weight.device)[None]  # [prompt, token]
+    device = running_device(embedding) or embedding.weight.device
+    ids = torch.arange(4, device=device)[None]  # [prompt, token]
     try:
         whole = getattr(network(input_ids=ids, use_cache=False), "logits", None)
     finally:
@@ -120,4 +133,7 @@ def find_head(network: PreTrainedModel) -> Head:
             f"the logits of {type(network).__name__} do not follow from its final hidden states "
             "alone; such a model cannot be scored here"
         )
+    if is_offloaded(network):
+        name = next(name for name, module in network.named_modules() if module is body)
+        _found[network] = (name, type(output))
     return head

@@ -1,43 +1,29 @@
 """A network from the middle on: what comes before a changed layer is not computed again."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from divergent_tokens.layers import decoder_layers, with_forward
-from divergent_tokens.measure.batches import (
-    SHARE_OF_MEMORY,
-    BatchSize,
-    free_bytes,
-    padded,
-    run_batches,
-)
+from divergent_tokens.measure.batches import BatchSize, in_batches, padded
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import silent
+from divergent_tokens.measure.segments import CHECKED, Segments, kept_for_later, through
 from divergent_tokens.measure.states import by_length, completion_states, hidden_batches
 from divergent_tokens.models import Model
+from divergent_tokens.offload import at_hand
 
-CHECKED = 8
-"""Prompts on which it is checked that leaving layers out is the same computation."""
-
-
-class _Reached(Exception):  # noqa: N818  # not an error: it carries a layer's input out of the forward
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+Batches = list[tuple[Sequence[int], list[Tensor]]]
+"""Prompts with their hidden states [token, hidden], as `hidden_batches` gives them."""
 
 
 class LayerRuns:
     """The base's inputs of one layer after the other, from which the rest is run again.
 
-    The network's own forward runs, with the real ids: masks and positions come from it. Layers
-    before the kept one give back what they are given, and the kept one takes the kept input. That
-    this is the same computation is checked, bit for bit, on some prompts; where it is not (what
-    some networks hand from layer to layer beside the hidden states), everything runs in full.
+    That this is the same computation is checked, bit for bit, on some prompts; where it is not
+    (what some networks hand from layer to layer beside the hidden states), everything runs in full.
     """
 
     @torch.no_grad()
@@ -50,21 +36,20 @@ class LayerRuns:
         """
         self._model, self._head, self._completions = model, head, completions
         self._batch_size = BatchSize(batch_size)
-        self._layers = list(decoder_layers(model.network)[1])
-        self._n_returned: dict[int, int | None] = {}
-        """How many things a layer returns; None for one tensor and no tuple."""
+        self._segments = Segments(head)
         sequences, order = completions.sequences(), by_length(completions)
-        self._batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
+        self._batches = in_batches(order, self._batch_size)
         self._ids = [padded([sequences[i] for i in b], model.device) for b in self._batches]
         self._inputs: list[Tensor] = []
         self.layer = 0
         """Whose inputs are kept."""
-        self.refusal: str | None = None
+        self.refusal = self._segments.refusal(self._ids[0][:CHECKED])
         """Why everything runs in full; None where layers are left out."""
-        try:
-            self._check(self._ids[0][:CHECKED])
-        except Exception as error:  # whatever a network does not like: full passes always work
-            self.refusal = f"{type(error).__name__}: {error}"
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all batches, padding included."""
+        return sum(ids.numel() for ids in self._ids)
 
     @torch.no_grad()
     def go_to(self, layer: int) -> None:
@@ -74,12 +59,12 @@ class LayerRuns:
         if layer < self.layer:
             raise ValueError(f"layer {layer} comes before layer {self.layer}, which is kept")
         if not self._inputs:
-            self._inputs = [self._placed(self._run(ids, stop=0)) for ids in self._ids]
+            self._inputs = [self._placed(self._segments.run(ids, stop=0)) for ids in self._ids]
         while self.layer < layer:
-            for k, ids in enumerate(self._ids):
-                kept = self._inputs[k].to(ids.device)
-                found = self._run(ids, start=self.layer, kept=kept, stop=self.layer + 1)
-                self._inputs[k] = self._placed(found)
+            with at_hand(self._segments.layers[self.layer]):
+                for k, ids in enumerate(self._ids):
+                    found = self._through(ids, self._inputs[k], self.layer)
+                    self._inputs[k] = self._placed(found)
             self.layer += 1
 
     def hidden(self, layer: int | None) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
@@ -92,99 +77,58 @@ class LayerRuns:
                 self._model, self._head, self._completions, self._batch_size, "", silent
             )
             return
-        if layer != self.layer or not self._inputs:
-            raise ValueError(f"the inputs of layer {layer} are not kept; go_to({layer}) first")
+        self._check_kept(layer)
+        n = len(self._segments.layers)
         for batch, ids, kept in zip(self._batches, self._ids, self._inputs, strict=True):
-            run = partial(self._finish, batch, ids, kept)
-            # One run as a rule; more where the memory does not suffice for changed weights too.
-            parts = [rows for _, rows in run_batches(range(len(batch)), self._batch_size, run)]
-            yield batch, [row for rows in parts for row in rows]
+            with torch.no_grad():
+                hidden = through(self._segments, ids, kept, self._batch_size, start=layer, stop=n)
+            yield batch, completion_states(self._model, self._completions, batch, ids, hidden)
 
     @torch.no_grad()
-    def _finish(
-        self, batch: Sequence[int], ids: Tensor, kept: Tensor, part: Sequence[int]
-    ) -> list[Tensor]:
-        """States at the completions of some of a batch's prompts."""
-        rows = slice(part[0], part[-1] + 1)
-        hidden = self._run(ids[rows], start=self.layer, kept=kept[rows].to(ids.device))
-        return completion_states(self._model, self._completions, batch[rows], ids[rows], hidden)
+    def hidden_of_each(
+        self, layer: int, lent: Sequence[Callable[[], AbstractContextManager[object]]]
+    ) -> list[Batches]:
+        """As `hidden`, for each of several ways to lend this layer other weights.
 
-    def _run(
-        self,
-        ids: Tensor,
-        *,
-        start: int = 0,
-        kept: Tensor | None = None,
-        stop: int | None = None,
-    ) -> Tensor:
-        """Layer `stop`'s input, or the final hidden states, from layer `start`'s input on.
-
-        [prompt, token] -> [prompt, token, hidden]
+        All of them pass one layer before the next is at hand: each layer's weights are read once.
         """
-        with ExitStack() as stack:
-            for i, layer in enumerate(self._layers[:start]):
-                stack.enter_context(with_forward(layer, partial(_skip, self._n_returned[i])))
-            if kept is not None:
-                layer = self._layers[start]
-                forward = partial(self._take, start, layer.forward, kept)
-                stack.enter_context(with_forward(layer, forward))
-            if stop is not None:
-                stack.enter_context(with_forward(self._layers[stop], _leave))
-            try:
-                return self._head.hidden(ids)
-            except _Reached as reached:
-                return reached.hidden
+        self._check_kept(layer)
+        found: list[list[Tensor]] = []
+        with at_hand(self._segments.layers[layer]):
+            for lend in lent:
+                with lend():
+                    pairs = zip(self._ids, self._inputs, strict=True)
+                    found.append([self._kept(self._through(*pair, layer), lent) for pair in pairs])
+        for i in range(layer + 1, len(self._segments.layers)):
+            with at_hand(self._segments.layers[i]):
+                for hidden in found:
+                    for k, ids in enumerate(self._ids):
+                        hidden[k] = self._kept(self._through(ids, hidden[k], i), lent)
+        return [self._at_completions(hidden) for hidden in found]
 
-    def _take(
-        self, i: int, forward: Callable[..., Any], kept: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """What layer i makes of the kept input, with all else that the network gives it."""
-        given = _first(args, kwargs)
-        if given.shape != kept.shape:
-            raise ValueError(f"layer {i} gets {list(given.shape)}, kept was {list(kept.shape)}")
-        if args:
-            output = forward(kept, *args[1:], **kwargs)
-        else:
-            output = forward(**{**kwargs, "hidden_states": kept})
-        self._n_returned[i] = len(output) if isinstance(output, tuple) else None
-        return output
+    def _check_kept(self, layer: int) -> None:
+        if layer != self.layer or not self._inputs:
+            raise ValueError(f"the inputs of layer {layer} are not kept; go_to({layer}) first")
 
-    def _check(self, ids: Tensor) -> None:
-        """Raise where layer after layer, or from the middle on, is not the whole forward."""
-        n = len(self._layers)
-        if len(set(map(id, self._layers))) < n:
-            raise ValueError("a layer stands in the network more than once")
-        whole = self._head.hidden(ids)
-        kept = self._run(ids, stop=0)
-        for i in range(n):
-            if i in (n // 2, n - 1):
-                self._head.hidden(ids.flip(1))  # what a layer may have left behind is not ours now
-                if not torch.equal(self._run(ids, start=i, kept=kept), whole):
-                    raise ValueError(f"from layer {i} on other hidden states come out")
-            if i < n - 1:
-                kept = self._run(ids, start=i, kept=kept, stop=i + 1)
+    def _through(self, ids: Tensor, kept: Tensor, layer: int) -> Tensor:
+        """What one layer makes of a batch."""
+        return through(self._segments, ids, kept, self._batch_size, start=layer, stop=layer + 1)
+
+    def _at_completions(self, hidden: Sequence[Tensor]) -> Batches:
+        return [
+            (
+                batch,
+                completion_states(
+                    self._model, self._completions, batch, ids, one.to(self._model.device)
+                ),
+            )
+            for batch, ids, one in zip(self._batches, self._ids, hidden, strict=True)
+        ]
 
     def _placed(self, hidden: Tensor) -> Tensor:
         """On the accelerator if all batches' inputs fit there, else on the CPU."""
-        if not hidden.is_cuda:
-            return hidden
-        n_tokens = sum(ids.numel() for ids in self._ids)
-        needed = n_tokens * hidden.shape[-1] * hidden.element_size()
-        free = free_bytes(hidden.device)
-        taken = sum(kept.numel() * kept.element_size() for kept in self._inputs if kept.is_cuda)
-        return hidden if needed < SHARE_OF_MEMORY * (free + taken) else hidden.cpu()
+        taken = sum(kept.nbytes for kept in self._inputs if kept.is_cuda)
+        return kept_for_later(hidden, len(self._ids), taken)
 
-
-def _skip(n_returned: int | None, *args: Any, **kwargs: Any) -> Any:
-    """What a layer is given, in the form in which it returns."""
-    hidden = _first(args, kwargs)
-    return hidden if n_returned is None else (hidden, *[None] * (n_returned - 1))
-
-
-def _leave(*args: Any, **kwargs: Any) -> Any:
-    raise _Reached(_first(args, kwargs))
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+    def _kept(self, hidden: Tensor, lent: Sequence[object]) -> Tensor:
+        return kept_for_later(hidden, len(lent) * len(self._ids))

@@ -1,5 +1,6 @@
 """Perplexity of given text, the two ways that people mean by it."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from divergent_tokens.errors import ModelError, PromptError
-from divergent_tokens.measure.batches import BatchSize, first_batch_size, run_batches
+from divergent_tokens.measure.batches import BatchSize, first_batch_size, in_batches, run_batches
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.intervals import estimate_ratio
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.scores import chunk_tokens
+from divergent_tokens.measure.segments import walk, walks
 from divergent_tokens.models import Model
 
 WINDOW = 512
@@ -95,9 +97,7 @@ def perplexity(
     windows = torch.tensor(ids[: n_windows * window]).view(n_windows, window)
     size = BatchSize(batch_size) if batch_size else first_batch_size(model.device)
     nats = np.zeros((n_windows, window - 1))
-    for batch, values in run_batches(
-        range(n_windows), size, lambda rows: _nats(head, windows[list(rows)].to(model.device))
-    ):
+    for batch, values in _batches(head, windows, size, model.device):
         nats[list(batch)] = values.cpu().numpy()
         progress(name, batch[-1] + 1, n_windows, "windows")
     if not np.isfinite(nats).all():
@@ -105,8 +105,27 @@ def perplexity(
     return Perplexity(nats, context)
 
 
-def _nats(head: Head, ids: Tensor) -> Tensor:
-    hidden = head.hidden(ids)[:, :-1].flatten(0, 1)
+def _batches(
+    head: Head, windows: Tensor, size: BatchSize, device: torch.device
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Windows with their nats; where weights wait elsewhere, layer after layer for all of them."""
+    rows = range(len(windows))
+    if walks(head, windows[:1].to(device)):
+        batches = in_batches(rows, size)
+        ids = [windows[list(batch)].to(device) for batch in batches]
+        for batch, own, hidden in zip(batches, ids, walk(head, ids, size), strict=True):
+            yield batch, _nats(head, own, hidden)
+        return
+
+    def run(batch: Sequence[int]) -> Tensor:
+        ids = windows[list(batch)].to(device)
+        return _nats(head, ids, head.hidden(ids))
+
+    yield from run_batches(rows, size, run)
+
+
+def _nats(head: Head, ids: Tensor, states: Tensor) -> Tensor:
+    hidden = states[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     n = chunk_tokens(head, hidden)
     nats = [

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from divergent_tokens.measure.batches import (
     SHARE_OF_MEMORY,
     BatchSize,
     free_bytes,
+    in_batches,
     padded,
     run_batches,
 )
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head
 from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.segments import walk, walks
 from divergent_tokens.models import Model
 from divergent_tokens.store import content_key, read_entry, writing_entry
 
@@ -139,16 +142,29 @@ def hidden_batches(
     stage: str,
     progress: Progress,
 ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
-    """Batches of prompts, with the hidden states [token, hidden] that predict each completion."""
+    """Batches of prompts, with the hidden states [token, hidden] that predict each completion.
+
+    Where weights wait outside the device, all batches pass one layer after the other.
+    """
     sequences = completions.sequences()
     order = by_length(completions)
     total = sum(map(len, sequences))
     done = 0
 
+    def ids_of(batch: Sequence[int]) -> Tensor:
+        return padded([sequences[i] for i in batch], model.device)
+
     def run(batch: Sequence[int]) -> list[Tensor]:
-        ids = padded([sequences[i] for i in batch], model.device)
+        ids = ids_of(batch)
         return completion_states(model, completions, batch, ids, head.hidden(ids))
 
+    if walks(head, ids_of(order[:1])):
+        batches = in_batches(order, batch_size)
+        ids = [ids_of(batch) for batch in batches]
+        walked = walk(head, ids, batch_size, partial(progress, stage))
+        for prompts, own, hidden in zip(batches, ids, walked, strict=True):
+            yield prompts, completion_states(model, completions, prompts, own, hidden)
+        return
     for batch, rows in run_batches(order, batch_size, run):
         yield batch, rows
         done += sum(len(sequences[i]) for i in batch)
