@@ -110,13 +110,15 @@ def test_whether_it_works_does_not_hang_on_gradients():
         assert compiler_works(CPU)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_a_compiled_probe_has_the_same_draws(architecture):
     base = runs.model(architecture)
     components = find_components(base.network)
     completions = complete(base, runs.prompts(), new_tokens=5)
-    plain = probe(base, components, SCHEMES, completions, compiled=False)
-    fast = probe(base, components, SCHEMES, completions, compiled=True)
+    plain = probe(base, components, SCHEMES, completions, n_draws=2, compiled=False)
+    classes = [type(module) for module in base.network.modules()]
+    fast = probe(base, components, SCHEMES, completions, n_draws=2, compiled=True)
+    assert [type(module) for module in base.network.modules()] == classes
     largest = np.abs(plain.draws).max()
     np.testing.assert_allclose(fast.draws, plain.draws, rtol=1e-3, atol=1e-4 * largest)
     np.testing.assert_allclose(fast.weight_errors, plain.weight_errors, rtol=1e-5)

@@ -127,12 +127,15 @@ def test_layers_on_two_gpus(architecture, tmp_path):
     spread = load_model(tmp_path / "m", dtype="float32", max_memory=most)
     assert not is_offloaded(spread.network)
     assert {p.device.index for p in spread.network.parameters()} == {0, 1}
-    components = find_components(whole.network, include=["*"])
-    schemes = [parse_scheme("int3"), parse_scheme("w8a8")]
-    draws = [
-        probe(m, components, schemes, completions(), batch_size=2).draws for m in (whole, spread)
-    ]
-    np.testing.assert_allclose(draws[1], draws[0], rtol=1e-4, atol=1e-5)
+    ends = [parse_scheme("int3")], find_components(whole.network, include=["*"])
+    inner = [parse_scheme("int3"), parse_scheme("w8a8")], find_components(whole.network)
+    for schemes, components in (ends, inner):
+        draws = [
+            probe(model, components, schemes, completions(), batch_size=2).draws
+            for model in (whole, spread)
+        ]
+        np.testing.assert_allclose(draws[1], draws[0], rtol=1e-4, atol=1e-5)
+    schemes, components = inner
     rows = [
         sweep(
             model,

@@ -18,6 +18,7 @@ from divergent_tokens.compress.expert_forward import ExpertInputs, grouped_produ
 from divergent_tokens.compress.schemes import Activations, Scheme
 from divergent_tokens.errors import ModelError
 from divergent_tokens.models import Model
+from divergent_tokens.watched import Meeting, watched
 
 PRODUCT_BYTES = 512 * 2**20
 """Size of the float32 products [prompt, out, in] of one component that are held at once."""
@@ -59,6 +60,8 @@ class Sums:
         """Of changes and products; sums are float32."""
         self.changes = Changes(base.network, components, schemes, self.dtype, fused=fused)
         self._dots = compiled(_dots) if fused else _dots
+        self.in_compiled = fused and self._all_linear()
+        """Whether layers may run compiled; else what has no matrix."""
         self._ends = [i for i, component in enumerate(components) if component.is_end]
 
     def start(self, ids: Tensor, found: Tensor | None = None) -> Tensor:
@@ -84,16 +87,32 @@ class Sums:
         with ExitStack() as stack:
             embedding = network.get_input_embeddings()
             stack.callback(embedding.register_forward_hook(self._at_embedding).remove)
+            meetings: dict[nn.Linear, Meeting] = {}
             for i, component in enumerate(self.components):
                 if component.stack_index is not None:
                     continue
                 for module in _modules(network, component):
                     if module is embedding:
                         continue  # its output is the leaf
+                    if self.in_compiled and not component.is_end:
+                        meetings[module] = partial(self._add_checked, i)  # type: ignore[index]
+                        continue
                     hook = partial(self._at_module, i)
                     stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(watched(meetings))
             stack.enter_context(open_experts(network, stacked, self._at_experts))
             yield
+
+    def _all_linear(self) -> bool:
+        """Whether the layers' components are linear modules and nothing else."""
+        return all(
+            component.is_end
+            or (
+                component.stack_index is None
+                and all(type(m) is nn.Linear for m in _modules(self.base.network, component))
+            )
+            for component in self.components
+        )
 
     def _at_embedding(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """The graph starts here: no weight needs a gradient."""
@@ -113,6 +132,10 @@ class Sums:
             rows = self.head_rows
             _watch(output, lambda delta: self._add_rows(i, x.flatten(0, -2), delta, rows))
             return
+        self._check_tokens(i, x)
+        _watch(output, lambda delta: self._add_whole(i, x, delta))
+
+    def _check_tokens(self, i: int, x: Tensor) -> None:
         n_tokens = x.shape[:-1].numel()
         if n_tokens != self.ids.numel():
             raise ModelError(
@@ -120,7 +143,10 @@ class Sums:
                 f"{self.ids.numel()}; the probe cannot tell which prompt they belong to. Exclude "
                 "it, or use --method measure"
             )
-        _watch(output, lambda delta: self._add_whole(i, x, delta))
+
+    def _add_checked(self, i: int, x: Tensor, delta: Tensor) -> None:
+        self._check_tokens(i, x)
+        self._add_whole(i, x, delta)
 
     def _at_experts(self, inputs: ExpertInputs, times: Callable[[Tensor], Tensor]) -> Tensor:
         out = times(inputs.x)

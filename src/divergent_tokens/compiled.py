@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from transformers import PreTrainedModel
 
 from divergent_tokens.layers import decoder_layers, with_forward
@@ -37,6 +38,22 @@ def compiling_pays(network: PreTrainedModel, operations: float) -> bool:
 
 
 @contextmanager
+def several_passes_back(on: bool) -> Iterator[None]:
+    """What is compiled meanwhile can be gone back through more than once.
+
+    Else its backward pass overwrites what it was given, and a second one finds other numbers there,
+    without a word. It is a matter of when things are compiled, so it holds for single passes too;
+    and what was compiled the other way and kept on disk has to have another key.
+    """
+    with ExitStack() as stack:
+        if on:
+            stack.enter_context(functorch_config.patch(donated_buffer=False))
+            config: Any = torch.compiler.config
+            stack.enter_context(config.patch(cache_key_tag="several passes back"))
+        yield
+
+
+@contextmanager
 def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """The decoder's layers run compiled as long as the context lasts, if it is on.
 
@@ -44,6 +61,8 @@ def compiled_layers(network: PreTrainedModel, on: bool) -> Iterator[None]:
     lies inside a layer meanwhile is not called, see `as_written`.
     """
     with ExitStack() as stack:
+        if on:
+            _ignore_gradients(stack)
         for layer in decoder_layers(network)[1] if on else ():
             _compile(stack, layer)
         yield
@@ -54,8 +73,7 @@ def compiled_norms(network: PreTrainedModel, on: bool) -> Iterator[None]:
     """As `compiled_layers`, where layers hold hooks: only modules without a matrix are compiled."""
     with ExitStack() as stack:
         if on:
-            stack.enter_context(warnings.catch_warnings())  # the compiler looks at every .grad
-            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
+            _ignore_gradients(stack)
         for module in network.modules() if on else ():
             if _is_norm(module):
                 _compile(stack, module)
@@ -107,6 +125,12 @@ def _compile(stack: ExitStack, module: nn.Module) -> None:
         return  # somebody's own, which moves weights, say
     forward = _Compiled(compiled(type(module).forward), module)
     stack.enter_context(with_forward(module, forward))
+
+
+def _ignore_gradients(stack: ExitStack) -> None:
+    """The compiler looks at every .grad, of which torch warns."""
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
 
 
 def _small(x: Tensor) -> Tensor:

@@ -22,7 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from divergent_tokens.backward import Sums
-from divergent_tokens.compiled import compiled_norms, compiler_works, compiling_pays
+from divergent_tokens.compiled import (
+    compiled_layers,
+    compiled_norms,
+    compiler_works,
+    compiling_pays,
+    several_passes_back,
+)
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.labels import at_completions
@@ -101,7 +107,8 @@ def probe(
         batches = probe_by_layers(base, head, completions, sums, seed, order, size, progress)
     else:
         batches = run_batches(order, size, run)
-    with compiled_norms(base.network, compiled), sums.watching():
+    running = compiled_layers if sums.in_compiled else compiled_norms
+    with running(base.network, compiled), sums.watching(), several_passes_back(compiled):
         for batch, found in batches:
             draws[:, :, list(batch)] = found
             done += len(batch)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from divergent_tokens.measure.generation import ATTENTION, until_end
+from divergent_tokens.measure.generation import until_end
 
 EAGER_STEPS = 2
 """Before the capture, so that libraries have made what they make at their first call."""
@@ -53,15 +52,14 @@ def decode(
     n = min(new_tokens, at_most or new_tokens)
     written = torch.zeros((len(prompt_ids), n), dtype=torch.long, device=prompt_ids.device)
     ends = torch.tensor(list(eos_ids), device=prompt_ids.device)
-    with sdpa_kernel(ATTENTION):
-        steps = _Steps(network, prompt_ids, prompt_ids.shape[1] + new_tokens, replay=replay)
-        for i in range(n):
-            written[:, i] = steps.token[:, 0]
-            if on_step is not None:
-                on_step()
-            if i + 1 == n or (_is_time(i) and _all_ended(written[:, : i + 1], ends)):
-                break
-            steps.take()
+    steps = _Steps(network, prompt_ids, prompt_ids.shape[1] + new_tokens, replay=replay)
+    for i in range(n):
+        written[:, i] = steps.token[:, 0]
+        if on_step is not None:
+            on_step()
+        if i + 1 == n or (_is_time(i) and _all_ended(written[:, : i + 1], ends)):
+            break
+        steps.take()
     found = written[:, : i + 1].tolist()
     return [until_end(row, set(eos_ids)) for row in found]
 
