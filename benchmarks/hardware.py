@@ -255,11 +255,15 @@ def profiled(
         run()
         synchronize()
     kinds: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kinds[kernel_kind(event.name)] += event.device_time_total / 1e6
+            kernels[event.name[:100]] += event.device_time_total / 1e6
     for kind, seconds in kinds.most_common():
         note(f"kernels of the probe: {kind}", seconds)
+    for kernel, seconds in kernels.most_common(20):
+        print(f"{1000 * seconds:8.1f} ms {kernel}")
 
 
 KERNELS = {

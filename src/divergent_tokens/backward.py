@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from divergent_tokens.compiled import compiled
 from divergent_tokens.compress.changes import Changes
@@ -37,11 +38,14 @@ class Sums:
         n_draws: int,
         n_tokens: int,
         *,
+        keep: bool = True,
         fused: bool = False,
+        in_compiled: bool = False,
     ) -> None:
         """For sequences of up to so many tokens; nothing is hooked before `watching`.
 
-        `fused`: what works element by element is done by compiled kernels.
+        `keep`: changes are asked for more than once. `fused`: what works element by element is done
+        by compiled kernels. `in_compiled`: layers run compiled, whose components are linear.
         """
         self.base = base
         self.components = components
@@ -58,10 +62,11 @@ class Sums:
         """Whether each scheme's dz is made; else one matrix for all schemes, see `_add_whole`."""
         self.dtype = base.dtype if fast and self.moves else torch.float32
         """Of changes and products; sums are float32."""
-        self.changes = Changes(base.network, components, schemes, self.dtype, fused=fused)
+        self.changes = Changes(
+            base.network, components, schemes, self.dtype, keep=keep, fused=fused
+        )
         self._dots = compiled(_dots) if fused else _dots
-        self.in_compiled = fused and self._all_linear()
-        """Whether layers may run compiled; else what has no matrix."""
+        self._in_compiled = in_compiled
         self._ends = [i for i, component in enumerate(components) if component.is_end]
 
     def start(self, ids: Tensor, found: Tensor | None = None) -> Tensor:
@@ -94,7 +99,7 @@ class Sums:
                 for module in _modules(network, component):
                     if module is embedding:
                         continue  # its output is the leaf
-                    if self.in_compiled and not component.is_end:
+                    if self._in_compiled and not component.is_end:
                         meetings[module] = partial(self._add_checked, i)  # type: ignore[index]
                         continue
                     hook = partial(self._at_module, i)
@@ -102,17 +107,6 @@ class Sums:
             stack.enter_context(watched(meetings))
             stack.enter_context(open_experts(network, stacked, self._at_experts))
             yield
-
-    def _all_linear(self) -> bool:
-        """Whether the layers' components are linear modules and nothing else."""
-        return all(
-            component.is_end
-            or (
-                component.stack_index is None
-                and all(type(m) is nn.Linear for m in _modules(self.base.network, component))
-            )
-            for component in self.components
-        )
 
     def _at_embedding(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """The graph starts here: no weight needs a gradient."""
@@ -194,12 +188,12 @@ class Sums:
     def _add_products(
         self, i: int, x: Tensor, delta: Tensor, activations: Activations | None, schemes: list[int]
     ) -> None:
-        changes = self.changes.of(i)  # [scheme, out, in]
+        changes = torch.stack([self.changes.of(i)[j] for j in schemes])  # [scheme, out, in]
         n = max(1, PRODUCT_BYTES // (4 * changes[0].numel()))
         for a in range(0, len(x), n):
             part, gradient = x[a : a + n], delta[a : a + n]
             changed = part if activations is None else activations.quantize(part)
-            values = _inner(_outer(gradient, changed), changes[schemes])
+            values = _inner(_outer(gradient, changed), changes)
             if activations is not None:
                 weight = weight_of(self.base.network, self.components[i]).float()
                 moved = changed.float() - part.float()
@@ -252,6 +246,18 @@ class Sums:
         for j, scheme in enumerate(self.schemes):
             groups[scheme.activations].append(j)
         return groups
+
+
+def only_linear(network: PreTrainedModel, components: Sequence[Component]) -> bool:
+    """Whether those of the layers are linear modules, which are seen in compiled layers too."""
+    return all(
+        component.is_end
+        or (
+            component.stack_index is None
+            and all(type(module) is nn.Linear for module in _modules(network, component))
+        )
+        for component in components
+    )
 
 
 def _watch(output: Tensor, meet: Callable[[Tensor], None]) -> None:

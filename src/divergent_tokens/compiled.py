@@ -21,8 +21,10 @@ from divergent_tokens.layers import decoder_layers, with_forward
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LONG_WORK = 1e16
-"""So many operations take a GPU the better part of a minute, which is what compiling takes."""
+LONG_WORK = {2: 1e16, 4: 1e15}
+"""So many operations take a GPU the better part of a minute, which is what compiling takes.
+
+By bytes of a number: tensor cores do those of two."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +35,11 @@ def compiling_pays(network: PreTrainedModel, operations: float) -> bool:
     On a CPU it should not: products take nearly all of the time there.
     """
     able = bool(getattr(network, "_can_compile_fullgraph", False))
-    pays = able and network.device.type == "cuda" and operations > LONG_WORK
+    pays = (
+        able
+        and network.device.type == "cuda"
+        and operations > LONG_WORK.get(network.dtype.itemsize, 1e16)
+    )
     return pays and compiler_works(network.device)
 
 

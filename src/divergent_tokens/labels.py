@@ -65,7 +65,7 @@ def _head_gradients(
     """
     found = hidden.new_zeros((sums.n_draws, *hidden.shape))
     with torch.no_grad():
-        n = chunk_tokens(head, hidden)
+        n = max(1, chunk_tokens(head, hidden) // 2)  # what is drawn from is in float64
     for a in range(0, len(hidden), n):
         part = hidden[a : a + n].clone().requires_grad_(True)
         sums.head_rows = torch.from_numpy(rows[a : a + n]).to(hidden.device)

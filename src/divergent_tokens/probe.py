@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from divergent_tokens.backward import Sums
+from divergent_tokens.backward import Sums, only_linear
 from divergent_tokens.compiled import (
     compiled_layers,
     compiled_norms,
@@ -34,7 +34,7 @@ from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.labels import at_completions
 from divergent_tokens.layers import decoder_layers, layer_matrices, operations_a_token, used_experts
 from divergent_tokens.layerwise import probe_by_layers
-from divergent_tokens.measure.batches import BatchSize, padded, run_batches
+from divergent_tokens.measure.batches import BatchSize, free_bytes, padded, run_batches
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
 from divergent_tokens.measure.intervals import pooled
@@ -45,8 +45,10 @@ from divergent_tokens.offload import is_offloaded
 
 FIRST_TRY_CPU, MOST_AT_ONCE = 8, 128
 """Sequences at once."""
-ACTIVATION_BYTES = 20 * 2**30
+ACTIVATION_BYTES = 24 * 2**30
 """On an accelerator: what a backward pass keeps of all layers may take so much, by estimate."""
+SHARE_IF_COMPILED = 0.75
+"""Compiled layers make some of it again."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,23 @@ def probe(
     for scheme in schemes:
         scheme.check(components)
     head = find_head(base.network)
-    size = BatchSize(batch_size or _first_batch(base, completions))
-    if any(c.expert is not None and c.stack_index is None for c in components):
-        size.value = 1  # modules of their own, which see some tokens of all prompts together
-    longest = int(completions.sequence_lengths.max())
     if compiled is None:
         compiled = compiling_pays(base.network, _operations(base, len(schemes), completions))
     compiled = compiled and compiler_works(base.device)
-    sums = Sums(base, components, schemes, n_draws, longest, fused=compiled)
+    compiles_layers = compiled and only_linear(base.network, components)
+    size = BatchSize(batch_size or _first_batch(base, completions, compiles_layers))
+    if any(c.expert is not None and c.stack_index is None for c in components):
+        size.value = 1  # modules of their own, which see some tokens of all prompts together
+    sums = Sums(
+        base,
+        components,
+        schemes,
+        n_draws,
+        int(completions.sequence_lengths.max()),
+        keep=n_draws > 1 or len(completions.prompts) > size.value,
+        fused=compiled,
+        in_compiled=compiles_layers,
+    )
     draws = np.zeros((len(components), len(schemes), len(completions.prompts), n_draws), np.float32)
     order = by_length(completions)
     done = 0
@@ -107,7 +118,7 @@ def probe(
         batches = probe_by_layers(base, head, completions, sums, seed, order, size, progress)
     else:
         batches = run_batches(order, size, run)
-    running = compiled_layers if sums.in_compiled else compiled_norms
+    running = compiled_layers if compiles_layers else compiled_norms
     with running(base.network, compiled), sums.watching(), several_passes_back(compiled):
         for batch, found in batches:
             draws[:, :, list(batch)] = found
@@ -123,7 +134,7 @@ def probe(
     )
 
 
-def _first_batch(base: Model, completions: Completions) -> int:
+def _first_batch(base: Model, completions: Completions, compiles_layers: bool) -> int:
     """With how many sequences trying starts: batches of one size, as large as may fit."""
     if base.device.type == "cpu":
         return FIRST_TRY_CPU
@@ -134,8 +145,10 @@ def _first_batch(base: Model, completions: Completions) -> int:
     )
     if is_offloaded(base.network):  # one layer's at a time
         widths = math.ceil(widths / len(decoder_layers(base.network)[1]))
+    share = SHARE_IF_COMPILED if compiles_layers else 1.0
     longest = int(completions.sequence_lengths.max())
-    fitting = max(1, ACTIVATION_BYTES // (longest * widths * base.dtype.itemsize))
+    room = min(ACTIVATION_BYTES, 0.8 * free_bytes(base.device))
+    fitting = max(1, int(room / (longest * widths * base.dtype.itemsize * share)))
     n = len(completions.prompts)
     return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, fitting)))
 

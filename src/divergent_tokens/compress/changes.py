@@ -27,11 +27,12 @@ class Changes:
         schemes: Sequence[Scheme],
         dtype: torch.dtype = torch.float32,
         *,
+        keep: bool = True,
         fused: bool = False,
     ) -> None:
         """Nothing is made yet; the differences will be rounded to this dtype.
 
-        `fused`: by compiled kernels.
+        `keep`: they will be asked for more than once. `fused`: by compiled kernels.
         """
         self.network = network
         self.components = components
@@ -43,7 +44,8 @@ class Changes:
         for i, component in enumerate(components):
             if component.stack_index is not None:
                 self._experts[component.part_of_stack][component.stack_index] = i
-        self._kept: dict[int | tuple[str, str, int], Tensor] = {}
+        self._most_bytes = KEPT_BYTES if keep else 0
+        self._kept: dict[int | tuple[str, str, int], list[Tensor]] = {}
         self._kept_bytes = 0
 
     @property
@@ -64,28 +66,23 @@ class Changes:
         return self._experts.get((stack, part), {})
 
     @torch.no_grad()
-    def of(self, i: int) -> Tensor:
-        """ΔW of one component under every scheme. [scheme, out, in]"""
+    def of(self, i: int) -> list[Tensor]:
+        """ΔW of one component under every scheme, each [out, in]."""
         if i in self._kept:
             return self._kept[i]
         component = self.components[i]
         weight = weight_of(self.network, component)
-        size = _norm(weight)
-        changes = weight.new_empty((len(self.schemes), *weight.shape), dtype=self.dtype)
-        errors = []
-        for j, scheme in enumerate(self.schemes):
-            changes[j], moved = self._change(scheme, weight, component)
-            errors.append(moved / size)
-        self._errors[i] = ([i], list(range(len(self.schemes))), torch.stack(errors)[None])
-        self._keep(i, changes)
-        return changes
+        made = [self._change(scheme, weight, component, self.dtype) for scheme in self.schemes]
+        changes, errors = zip(*made, strict=True)
+        self._errors[i] = ([i], list(range(len(made))), torch.stack(errors)[None])
+        return self._keep(i, list(changes))
 
     @torch.no_grad()
     def of_experts(self, stack: str, part: str, j: int) -> Tensor:
         """ΔW of a part of all experts under one scheme. [expert, out, in]"""
         key = (stack, part, j)
         if key in self._kept:
-            return self._kept[key]
+            return self._kept[key][0]
         scheme, members = self.schemes[j], self._experts[stack, part]
         weights = self.weights_of_experts(stack, part)
         if scheme.by_rows:  # all experts' rows in one go
@@ -102,9 +99,7 @@ class Changes:
         experts, which = list(members), list(members.values())
         errors = (_norm(changes) / _norm(weights))[experts, None]
         self._errors[stack, part, str(j)] = (which, [j], errors)
-        changes = changes.to(self.dtype)
-        self._keep(key, changes)
-        return changes
+        return self._keep(key, [changes.to(self.dtype)])[0]
 
     def weights_of_experts(self, stack: str, part: str) -> Tensor:
         """Of all experts, float32. [expert, out, in]"""
@@ -116,17 +111,20 @@ class Changes:
             weights = weights[:, slice(*component.rows)]
         return weights.float()
 
-    def _keep(self, key: int | tuple[str, str, int], changes: Tensor) -> None:
-        n_bytes = changes.numel() * changes.element_size()
-        if self._kept_bytes + n_bytes <= KEPT_BYTES:
+    def _keep(self, key: int | tuple[str, str, int], changes: list[Tensor]) -> list[Tensor]:
+        n_bytes = sum(change.nbytes for change in changes)
+        if self._kept_bytes + n_bytes <= self._most_bytes:
             self._kept[key] = changes
             self._kept_bytes += n_bytes
+        return changes
 
 
-def _change(scheme: Scheme, weight: Tensor, component: Component) -> tuple[Tensor, Tensor]:
-    """ΔW [out, in] in float32, and its norm."""
+def _change(
+    scheme: Scheme, weight: Tensor, component: Component, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ΔW [out, in], and its relative error."""
     change = scheme.compress(weight, component).float() - weight.float()
-    return change, _norm(change)
+    return change.to(dtype), _norm(change) / _norm(weight)
 
 
 def _norm(matrix: Tensor) -> Tensor:
