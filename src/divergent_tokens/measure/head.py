@@ -21,7 +21,7 @@ class _BodyDone(Exception):  # noqa: N818  # not an error: it carries the body's
 
 
 _found: "WeakKeyDictionary[PreTrainedModel, tuple[str, type[ModelOutput]]]" = WeakKeyDictionary()
-"""The bodies of networks whose weights wait elsewhere."""
+"""The bodies of networks that were looked into."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def kept_head(head: Head, hidden: Tensor) -> Head:
 def find_head(network: PreTrainedModel) -> Head:
     """Where the network's layers end, found by watching one short forward pass.
 
-    Where weights wait elsewhere the passes are long, so that it is found once for a network.
+    It is found once for a network: weights may change afterwards, the way that it computes may not.
     Raises ModelError where the two halves do not give the network's own logits, bit for bit.
     """
     if network in _found:
@@ -133,7 +133,6 @@ def find_head(network: PreTrainedModel) -> Head:
             f"the logits of {type(network).__name__} do not follow from its final hidden states "
             "alone; such a model cannot be scored here"
         )
-    if is_offloaded(network):
-        name = next(name for name, module in network.named_modules() if module is body)
-        _found[network] = (name, type(output))
+    name = next(name for name, module in network.named_modules() if module is body)
+    _found[network] = (name, type(output))
     return head

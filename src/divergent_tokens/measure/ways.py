@@ -58,22 +58,27 @@ def fastest_way(
 
 def _by_trial(model: Model, ids: Tensor, new_tokens: int) -> str:
     """Time some steps of each way; those of a graph must give what they give without it."""
-    replayed = partial(decode, new_tokens=new_tokens, at_most=TRIAL_TOKENS)
+    by_steps = partial(decode, new_tokens=new_tokens, at_most=TRIAL_TOKENS)
     try:
-        graph, written = _seconds_a_step(replayed, model, ids)
-        again = decode(
-            model.network, ids, new_tokens=new_tokens, at_most=TRIAL_TOKENS, replay=False
-        )
+        expected = by_steps(model.network, ids, replay=False)  # and libraries choose their kernels
+        graph, written = _seconds_a_step(by_steps, model, ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever cannot be captured
         _log.info("steps of %s cannot be replayed: %s", model.reference, error)
         return "dynamic"
-    if written != again:
+    if not _mostly_equal(written, expected):
         _log.info("replayed steps of %s give other tokens", model.reference)
         return "dynamic"
     dynamic, _ = _seconds_a_step(partial(generate, new_tokens=TRIAL_TOKENS), model, ids)
     return "graph" if graph < dynamic else "dynamic"
+
+
+def _mostly_equal(written: list[list[int]], expected: list[list[int]]) -> bool:
+    """At the first replayed token: later ones follow from it, and rounding may part a few."""
+    first = EAGER_STEPS + 1
+    same = [a[first] == b[first] for a, b in zip(written, expected, strict=True)]
+    return sum(same) > 0.9 * len(same)
 
 
 def _seconds_a_step(
