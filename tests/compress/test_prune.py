@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from divergent_tokens.compress.prune import magnitude_mask, prune_magnitude
+from divergent_tokens.compress.prune import prune_magnitude, share_mask
 
 
 def test_by_hand() -> None:
@@ -17,9 +17,9 @@ def test_by_hand() -> None:
 
 def test_of_equal_magnitudes_the_first_go() -> None:
     weight = torch.tensor([[1.0, -1.0, 2.0], [1.0, -1.0, 0.5]])
-    assert magnitude_mask(weight, 0.5).tolist() == [[False, False, True], [True, True, False]]
+    assert share_mask(weight.abs(), 0.5).tolist() == [[False, False, True], [True, True, False]]
     flat = torch.ones(4, 5)
-    assert magnitude_mask(flat, 0.35).flatten().tolist() == [False] * 7 + [True] * 13
+    assert share_mask(flat.abs(), 0.35).flatten().tolist() == [False] * 7 + [True] * 13
 
 
 def test_zeros_go_first() -> None:
@@ -43,7 +43,7 @@ def test_exactly_the_smallest(
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
     if coarse:  # many ties
         weight = (weight * 2).round() + 0.5
-    kept = magnitude_mask(weight, share)
+    kept = share_mask(weight.abs(), share)
     order = torch.sort(weight.float().abs().flatten(), stable=True).indices
     gone = order[: round(share * weight.numel())]
     expected = torch.ones(weight.numel(), dtype=torch.bool)
@@ -59,5 +59,5 @@ def test_exactly_the_smallest(
 def test_views_are_read_as_out_in(transpose: bool) -> None:
     weight = torch.ones(3, 4)
     view = weight.T if transpose else weight
-    gone = ~magnitude_mask(view, 0.5)
+    gone = ~share_mask(view.abs(), 0.5)
     assert gone.flatten().tolist() == [True] * 6 + [False] * 6

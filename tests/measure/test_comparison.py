@@ -9,7 +9,7 @@ import torch
 import runs
 import tiny
 from divergent_tokens.errors import DivergentTokensError, ModelError, PromptError
-from divergent_tokens.measure import completions as completions_module
+from divergent_tokens.measure import ways
 from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.engine import write_completions
@@ -159,7 +159,7 @@ def test_the_base_as_its_own_candidate(architecture, prompts):
 def test_the_second_time_the_base_neither_writes_nor_runs(base, prompts, tmp_path, monkeypatch):
     candidate = runs.noisy(base, 0.1)
     first = compare(base, lend(candidate), prompts, new_tokens=12, cache=tmp_path)
-    monkeypatch.setattr(completions_module, "generate", None)
+    monkeypatch.setitem(ways.WAYS, "dynamic", None)
     long = []
 
     def count(network):

@@ -1,0 +1,279 @@
+"""How much each weight matters, and how much harm it does to let the least of them go.
+
+Fisher: a weight's own second-order term of KL(model ‖ model without it), ½ w² F with F the mean
+square of the gradients of drawn labels, sequence by sequence; the criterion of Optimal Brain Damage
+(LeCun et al. 1990) with the true Fisher. The draws are noisy for one weight, so half of F is
+smoothed to the product of its row and column means, which has Wanda's form: an input's norm times
+an output's (Sun et al. 2024).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.errors import SchemeError
+from divergent_tokens.labels import draw_labels
+from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.scores import chunk_tokens
+from divergent_tokens.measure.sequences import Sequences
+from divergent_tokens.models import Model
+
+Criterion = Literal["magnitude", "wanda", "fisher"]
+SMOOTHED = 0.5
+"""The share of F that is smoothed."""
+BATCH = 4
+"""Sequences at once; each one's gradient is looked at on its own."""
+LEVELS = tuple(np.round([*np.arange(0, 0.96, 0.05), 0.98, 0.99], 2).tolist())
+"""Shares that harm is told for."""
+
+Meet = Callable[[int, Tensor], None]
+"""A component's number and its gradients by sequence [sequence, out, in]."""
+
+
+@dataclass(frozen=True)
+class Saliencies:
+    """Of every weight of some components, and the harm of letting the least of each go."""
+
+    components: tuple[Component, ...]
+    values: tuple[Tensor, ...]
+    """Of each component, [out, in], float32, not negative; in nats per token for `fisher`."""
+    harm: NDArray[np.float64] | None
+    """KL in nats per token by `LEVELS`, second order, by the gradients; [component, level]"""
+
+
+def check_components(components: Sequence[Component], criterion: Criterion) -> None:
+    """Raise SchemeError for what a criterion cannot see."""
+    stacked = [c.name for c in components if c.expert is not None]
+    if stacked and criterion != "magnitude":
+        raise SchemeError(
+            f"{criterion} needs what goes into each matrix, and experts ({stacked[0]}) see some "
+            "tokens only; exclude them, or take --criterion magnitude"
+        )
+
+
+@torch.no_grad()
+def find_saliencies(
+    model: Model,
+    components: Sequence[Component],
+    criterion: Criterion,
+    sequences: Sequences,
+    *,
+    n_sequences: int = 64,
+    by_rows: bool = False,
+    with_harm: bool = False,
+    teacher: Model | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Saliencies:
+    """Saliencies of the model as it is now, on some sequences drawn by the seed.
+
+    `by_rows`: harm is of letting the least of each row go. `with_harm` costs backward passes for
+    every criterion; with a `teacher`, from which the model has moved, the slope of
+    KL(teacher ‖ model) is part of it.
+    """
+    check_components(components, criterion)
+    rng = np.random.default_rng(seed)
+    n = min(n_sequences, len(sequences.ids))
+    ids = torch.from_numpy(sequences.ids[rng.permutation(len(sequences.ids))[:n]])
+    weights = [weight_of(model.network, c).float() for c in components]
+    if criterion == "wanda":
+        norms = _input_norms(model, components, ids)
+        values = [w.abs() * norm for w, norm in zip(weights, norms, strict=True)]
+    elif criterion == "fisher":
+        squares = [torch.zeros_like(w) for w in weights]
+
+        def add_squares(i: int, gradients: Tensor) -> None:
+            squares[i] += gradients.square().sum(0)
+
+        _gradients(model, components, ids, add_squares, seed, None, progress)
+        n_tokens = n * (ids.shape[1] - 1)
+        values = [
+            0.5 * w.square() * _smoothed(square / n_tokens)
+            for w, square in zip(weights, squares, strict=True)
+        ]
+    else:
+        values = [w.abs() for w in weights]
+    harm = None
+    if with_harm:
+        harm = _harm(model, components, values, ids, by_rows, teacher, seed, progress)
+    return Saliencies(tuple(components), tuple(values), harm)
+
+
+def _smoothed(fisher: Tensor) -> Tensor:
+    rows, columns = fisher.mean(1, keepdim=True), fisher.mean(0, keepdim=True)
+    whole = rows * columns / fisher.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (1 - SMOOTHED) * fisher + SMOOTHED * whole
+
+
+def _input_norms(model: Model, components: Sequence[Component], ids: Tensor) -> list[Tensor]:
+    """‖x‖₂ over all tokens, of each input of each component. [in]"""
+    sums = [torch.zeros(c.shape[1], device=model.device) for c in components]
+
+    def add(i: int, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        sums[i] += inputs[0].detach().float().square().flatten(0, -2).sum(0)
+
+    with ExitStack() as stack:
+        for i, component in enumerate(components):
+            hook = _module(model, component).register_forward_pre_hook(partial(add, i))
+            stack.callback(hook.remove)
+        head = find_head(model.network)
+        for batch in torch.split(ids, BATCH):
+            head.hidden(batch.to(model.device))
+    return [total.sqrt() for total in sums]
+
+
+def _module(model: Model, component: Component) -> nn.Module:
+    return model.network.get_submodule(component.parameter.rpartition(".")[0])
+
+
+# --- harm ---
+
+
+def _harm(
+    model: Model,
+    components: Sequence[Component],
+    values: Sequence[Tensor],
+    ids: Tensor,
+    by_rows: bool,
+    teacher: Model | None,
+    seed: int,
+    progress: Progress,
+) -> NDArray[np.float64]:
+    """KL by level: E[s²] / (2L), s = −Σ ⟨g, w⟩ over what goes, and the slope. [component, level]
+
+    Each weight is put once into the stretch between two levels in which it goes, so that a
+    sequence costs one pass over the weights for all levels.
+    """
+    stretches = [_stretches(value, by_rows) for value in values]
+    n_tokens = len(ids) * (ids.shape[1] - 1)
+    found = np.zeros((len(components), len(LEVELS)))
+
+    def moved(i: int, gradients: Tensor) -> Tensor:
+        """Σ −⟨g, w⟩ up to each level. [sequence, level]"""
+        products = (gradients * weight_of(model.network, components[i]).float()).flatten(1)
+        sums = products.new_zeros((len(products), len(LEVELS) + 1), dtype=torch.float64)
+        index = stretches[i].flatten().long().expand(len(products), -1)
+        return -sums.scatter_add_(1, index, products.double())[:, :-1].cumsum(1)
+
+    def add_squares(i: int, gradients: Tensor) -> None:
+        found[i] += moved(i, gradients).square().sum(0).cpu().numpy() / (2 * n_tokens)
+
+    def add_slope(i: int, gradients: Tensor) -> None:
+        found[i] += moved(i, gradients).sum(0).cpu().numpy() / n_tokens
+
+    _gradients(model, components, ids, add_squares, seed + 1, None, progress)
+    if teacher is not None:
+        _gradients(model, components, ids, add_slope, seed, find_head(teacher.network), progress)
+    return found
+
+
+def _stretches(saliency: Tensor, by_rows: bool) -> Tensor:
+    """At which of the `LEVELS` each weight goes: the first whose share it is within.
+
+    What never goes has the number behind the last level. uint8, in the saliency's shape.
+    """
+    rows = saliency if by_rows else saliency.flatten()[None]
+    order = rows.argsort(dim=1, stable=True)
+    ends = torch.tensor([round(level * rows.shape[1]) for level in LEVELS], device=rows.device)
+    ranks = torch.arange(rows.shape[1], device=rows.device)
+    level = torch.searchsorted(ends, ranks, right=True).to(torch.uint8)
+    found = torch.empty_like(rows, dtype=torch.uint8)
+    found.scatter_(1, order, level.expand(len(rows), -1).contiguous())
+    return found.view(saliency.shape)
+
+
+# --- gradients ---
+
+
+def _gradients(
+    model: Model,
+    components: Sequence[Component],
+    ids: Tensor,
+    meet: Meet,
+    seed: int,
+    teacher: Head | None,
+    progress: Progress,
+) -> None:
+    """Every component's gradients, sequence by sequence, handed to `meet`.
+
+    Of the summed log-probability of labels drawn from the model itself; with a teacher, of the
+    summed KL(teacher ‖ model).
+    """
+    head = find_head(model.network)
+    generator = torch.Generator().manual_seed(seed)
+    with _watching(model, components, meet) as start:
+        for done, batch in enumerate(torch.split(ids, BATCH)):
+            own = batch.to(model.device)
+            uniforms = torch.rand(own[:, 1:].numel(), generator=generator, dtype=torch.float64)
+            with torch.enable_grad():
+                hidden = head.hidden(own)[:, :-1].flatten(0, 1)
+                soft = None if teacher is None else _states(teacher, own)
+                gradient = _at_hidden(head, hidden.detach(), uniforms, teacher, soft)
+                torch.autograd.grad(hidden, start(), gradient)
+            progress("saliency", (done + 1) * BATCH, len(ids), "sequences")
+
+
+def _states(head: Head, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return head.hidden(ids)[:, :-1].flatten(0, 1)
+
+
+def _at_hidden(
+    head: Head, hidden: Tensor, uniforms: Tensor, teacher: Head | None, soft: Tensor | None
+) -> Tensor:
+    """The gradient at hidden states [token, hidden], a chunk of the vocabulary's rows at a time."""
+    found = torch.empty_like(hidden)
+    with torch.no_grad():
+        n = max(1, chunk_tokens(head, hidden) // 2)
+    for a in range(0, len(hidden), n):
+        part = hidden[a : a + n].clone().requires_grad_(True)
+        logps = head.logits(part).log_softmax(-1)
+        if teacher is None or soft is None:
+            labels = draw_labels(logps.detach().exp(), uniforms[None, a : a + n])[0]
+            value = logps.gather(-1, labels[:, None]).sum()
+        else:
+            with torch.no_grad():
+                wanted = teacher.logits(soft[a : a + n]).log_softmax(-1)
+            value = (wanted.exp() * (wanted - logps)).sum()
+        (found[a : a + n],) = torch.autograd.grad(value, part)
+    return found
+
+
+@contextmanager
+def _watching(
+    model: Model, components: Sequence[Component], meet: Meet
+) -> Iterator[Callable[[], Tensor]]:
+    """Components' products meet their gradients; what is yielded gives where the graph starts."""
+    leaves: list[Tensor] = []
+
+    def at_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        leaves[:] = [output.detach().requires_grad_(True)]
+        return leaves[0]
+
+    def at_module(i: int, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            x = inputs[0].detach()
+            output.register_hook(partial(meet_with, i, x))  # type: ignore[no-untyped-call]
+
+    def meet_with(i: int, x: Tensor, delta: Tensor) -> None:
+        left = delta.float().view(len(x), -1, delta.shape[-1]).transpose(1, 2)
+        meet(i, torch.bmm(left, x.float().view(len(x), -1, x.shape[-1])))
+
+    network: Any = model.network
+    with ExitStack() as stack:
+        stack.callback(network.get_input_embeddings().register_forward_hook(at_embedding).remove)
+        for i, component in enumerate(components):
+            hook = partial(at_module, i)
+            stack.callback(_module(model, component).register_forward_hook(hook).remove)
+        yield lambda: leaves[0]
