@@ -121,11 +121,11 @@ def _input_norms(model: Model, components: Sequence[Component], ids: Tensor) -> 
     def add(i: int, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         sums[i] += inputs[0].detach().float().square().flatten(0, -2).sum(0)
 
+    head = find_head(model.network)
     with ExitStack() as stack:
         for i, component in enumerate(components):
             hook = _module(model, component).register_forward_pre_hook(partial(add, i))
             stack.callback(hook.remove)
-        head = find_head(model.network)
         for batch in torch.split(ids, BATCH):
             head.hidden(batch.to(model.device))
     return [total.sqrt() for total in sums]

@@ -19,8 +19,9 @@ from rich.text import Text
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        unit = task.fields["unit"]
-        return Text(f"{speed:,.0f} {unit}/s" if speed and unit else "", style="dim")
+        unit, _, rest = task.fields["unit"].partition(", ")
+        text = f"{speed:,.0f} {unit}/s" if speed and unit else ""
+        return Text(f"{text}, {rest}" if rest else text, style="dim")
 
 
 class Bars:
@@ -53,7 +54,10 @@ class Bars:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        """Show that `done` of `total` units of the stage are finished."""
+        """Show that `done` of `total` units of the stage are finished.
+
+        What stands behind a comma in `unit` is shown as it is: a loss, say.
+        """
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, unit=unit)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total, unit=unit)

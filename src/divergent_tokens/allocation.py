@@ -1,0 +1,183 @@
+"""How sparse each matrix becomes, so that all of them together are as sparse as wanted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.prune import lowest_mask, n_of_m_mask, rows_mask, share_mask
+from divergent_tokens.errors import SchemeError
+from divergent_tokens.saliencies import LEVELS, Saliencies
+from divergent_tokens.search.knapsack import least_harm
+
+Allocate = Literal["uniform", "uniform-spared", "global", "kl", "fdt", "fdt-threshold"]
+ALLOCATIONS: tuple[Allocate, ...] = get_args(Allocate)
+_TIE = 1e-9
+MEASURED: tuple[Allocate, ...] = ("fdt", "fdt-threshold")
+"""Those that need forward passes for every component and level."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which weights stay."""
+
+    masks: tuple[Tensor, ...]
+    """Of each component, bool [out, in]."""
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The share that is gone, of each component."""
+        return [1 - float(mask.float().mean()) for mask in self.masks]
+
+    @property
+    def sparsity(self) -> float:
+        """The share that is gone of all."""
+        kept = sum(int(mask.sum()) for mask in self.masks)
+        return 1 - kept / sum(mask.numel() for mask in self.masks)
+
+
+def cut(
+    saliencies: Saliencies,
+    allocate: Allocate,
+    sparsity: float,
+    *,
+    by_rows: bool = False,
+    pattern: tuple[int, int] | None = None,
+    before: Cut | None = None,
+    fdt: NDArray[np.float64] | None = None,
+) -> Cut:
+    """The weights that stay where `sparsity` of all go; those gone `before` stay gone.
+
+    `by_rows`: each row loses the same share, as Wanda has it. `pattern`: n of m neighbours stay in
+    every matrix, whatever the allocation. `fdt`: of single components at `LEVELS` [component,
+    level], for the allocations that are `MEASURED`.
+
+    `global` has one threshold for all, for saliencies in one unit. `kl` is the least sum of harms.
+    `fdt-threshold` is the paper's (Deiseroth et al. 2024, section 4): every component as sparse as
+    its FDT allows above one threshold, which is found for the wanted sparsity.
+    """
+    values = saliencies.values
+    if before is not None:
+        gone = torch.finfo(torch.float32).min  # the first to go
+        values = tuple(
+            value.masked_fill(~mask, gone) for value, mask in zip(values, before.masks, strict=True)
+        )
+    if pattern is not None:
+        return Cut(tuple(n_of_m_mask(value, *pattern) for value in values))
+    if allocate == "global":
+        return _by_one_threshold(values, sparsity)
+    shares = _shares(saliencies, allocate, sparsity, before, fdt)
+    mask = rows_mask if by_rows else share_mask
+    masks = [mask(value, share) for value, share in zip(values, shares, strict=True)]
+    if before is not None:  # a component may get a lower level than it has
+        masks = [new & old for new, old in zip(masks, before.masks, strict=True)]
+    return Cut(tuple(masks))
+
+
+def _by_one_threshold(values: Sequence[Tensor], sparsity: float) -> Cut:
+    """The least of all together; found on integers of the same order, without a sort of all."""
+    n_gone = round(sparsity * sum(value.numel() for value in values))
+    ordered = [_ordered(value) for value in values]
+    low, high = -(2**31), 2**31 - 1
+    while low < high:  # the smallest threshold that lets so many go
+        middle = (low + high) // 2
+        if sum(int((keys <= middle).sum()) for keys in ordered) >= n_gone:
+            high = middle
+        else:
+            low = middle + 1
+    below = [int((keys < low).sum()) for keys in ordered]
+    ties = n_gone - sum(below)
+    masks = []
+    for keys, n_below in zip(ordered, below, strict=True):
+        own = min(ties, int((keys == low).sum()))
+        masks.append(lowest_mask(keys, n_below + own))
+        ties -= own
+    return Cut(tuple(masks))
+
+
+def _ordered(value: Tensor) -> Tensor:
+    """int32 in the order of float32."""
+    bits = value.contiguous().view(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _shares(
+    saliencies: Saliencies,
+    allocate: Allocate,
+    sparsity: float,
+    before: Cut | None,
+    fdt: NDArray[np.float64] | None,
+) -> list[float]:
+    components = saliencies.components
+    if allocate == "uniform":
+        return [sparsity] * len(components)
+    if allocate == "uniform-spared":
+        return _spared(components, sparsity)
+    if allocate == "kl":
+        assert saliencies.harm is not None
+        return _least(saliencies.harm, components, sparsity, before)
+    assert fdt is not None
+    if allocate == "fdt":
+        return _least(fdt[:, :1] - fdt, components, sparsity, before)
+    return _above_threshold(fdt, components, sparsity)
+
+
+def _spared(components: Sequence[Component], sparsity: float) -> list[float]:
+    """Uniform in all layers but the first and the last."""
+    layers = [c.layer for c in components if c.layer is not None]
+    ends = {min(layers), max(layers)}
+    others = sum(c.n_parameters for c in components if c.layer not in ends)
+    share = sparsity * sum(c.n_parameters for c in components) / others if others else 1.0
+    if share >= 1:
+        raise SchemeError(
+            f"a sparsity of {sparsity} leaves nothing of the layers between the first and the last "
+            "if these two are spared; give a lower one, or --allocate uniform"
+        )
+    return [0.0 if c.layer in ends else share for c in components]
+
+
+def _least(
+    harm: NDArray[np.float64],
+    components: Sequence[Component],
+    sparsity: float,
+    before: Cut | None,
+) -> list[float]:
+    """Levels with the least sum of harms; a noisy harm is made one that never falls."""
+    levels = np.array(LEVELS)
+    sizes = np.array([c.n_parameters for c in components])
+    kept = np.rint((1 - levels) * sizes[:, None]).astype(np.int64)  # [component, level]
+    if before is not None:
+        stays = np.array([int(mask.sum()) for mask in before.masks])
+        kept = np.minimum(kept, stays[:, None])
+    envelope = np.maximum.accumulate(np.maximum(harm, 0), 1)
+    # Of levels that harm alike the lower one, so that no more goes than is wanted.
+    envelope = envelope + _TIE * max(float(envelope.max()), _TIE) * levels
+    limit = max(int((1 - sparsity) * sizes.sum()), int(kept.min(1).sum()))
+    choice = least_harm(envelope, kept, limit, prove=False)
+    return [float(levels[option]) for option in choice.options]
+
+
+def _above_threshold(
+    fdt: NDArray[np.float64], components: Sequence[Component], sparsity: float
+) -> list[float]:
+    """The highest level up to which a component's FDT stays at a threshold or above it."""
+    sizes = np.array([c.n_parameters for c in components], dtype=np.float64)
+    lowest_so_far = np.minimum.accumulate(fdt, 1)  # [component, level]
+    levels = np.array(LEVELS)
+
+    def shares(threshold: float) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = levels[np.maximum((lowest_so_far >= threshold).sum(1) - 1, 0)]
+        return found
+
+    thresholds = np.unique(lowest_so_far)[::-1]  # from the one that allows the least
+    for threshold in thresholds:
+        found = shares(float(threshold))
+        if (found * sizes).sum() >= sparsity * sizes.sum():
+            break
+    excess = (found * sizes).sum() / (sparsity * sizes.sum())  # levels are steps
+    return [float(share) for share in (found / excess if excess > 1 else found)]

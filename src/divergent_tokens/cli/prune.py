@@ -1,0 +1,252 @@
+"""`dtm prune`: zeros where they harm least, in rounds, with training in between."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from divergent_tokens.cli.loading import load_base
+from divergent_tokens.cli.options import (
+    AllowPickle,
+    Base,
+    BatchSize,
+    Cache,
+    Chat,
+    Device,
+    Format,
+    NewTokens,
+    NPrompts,
+    Prefix,
+    Prompts,
+    Quiet,
+    Seed,
+    SkipPrompts,
+    TextField,
+    TrustRemoteCode,
+)
+from divergent_tokens.cli.output import print_record, progress_bar
+from divergent_tokens.cli.signals import on_signals, tidy_up
+from divergent_tokens.errors import DivergentTokensError
+
+
+class Criterion(StrEnum):
+    """What says how much a weight matters."""
+
+    fisher = "fisher"
+    wanda = "wanda"
+    magnitude = "magnitude"
+
+
+class Allocate(StrEnum):
+    """What says how sparse each matrix becomes."""
+
+    threshold = "global"
+    kl = "kl"
+    fdt = "fdt"
+    fdt_threshold = "fdt-threshold"
+    uniform = "uniform"
+    uniform_spared = "uniform-spared"
+
+
+class Loss(StrEnum):
+    """What training makes small."""
+
+    distill = "distill"
+    ce = "ce"
+    both = "both"
+
+
+def prune(
+    base: Base,
+    out: Annotated[
+        Path, typer.Option(help="Write the pruned model into this folder.", show_default=False)
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="The share of the weights that is zero at the end.", show_default=False),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Instead: N of M neighbours stay, 2:4 or 4:8."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Cuts, each a little deeper.")] = 10,
+    criterion: Annotated[
+        Criterion, typer.Option(help="What says how much a weight matters.")
+    ] = Criterion.fisher,
+    allocate: Annotated[
+        Allocate | None,
+        typer.Option(
+            help="How sparse each matrix becomes: by one threshold for all (fisher only), by the "
+            "least harm in KL or FDT, by one threshold of FDT as in the paper, or alike. Left out: "
+            "global for fisher, else kl.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Training steps after each cut; 0: none.")
+    ] = 200,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text to train on, and to see what matters: self, builtin, a file, hf:DATASET.",
+        ),
+    ] = "self",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")] = 256,
+    n_sequences: Annotated[int, typer.Option(min=1, help="Training sequences at most.")] = 1024,
+    train_batch: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 16,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences at once, where memory is short."),
+    ] = None,
+    lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-4,
+    loss: Annotated[
+        Loss, typer.Option(help="Distillation from the base, cross-entropy, or both.")
+    ] = Loss.distill,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Make activations again in training.")
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", help="Only these (globs, or re:...)."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Not these.")] = None,
+    prompts: Prompts = "builtin",
+    n_prompts: NPrompts = 64,
+    skip_prompts: SkipPrompts = 0,
+    prefix: Prefix = 64,
+    new_tokens: NewTokens = 128,
+    chat: Chat = False,
+    text_field: TextField = "text",
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="Report perplexity on this.")
+    ] = None,
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights in training.")] = "float32",
+    seed: Seed = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a pruned model that is there.")
+    ] = False,
+    format: Annotated[
+        Format, typer.Option("--format", help="How the result is printed.")
+    ] = Format.text,
+    cache: Cache = None,
+    quiet: Quiet = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Set weights to zero where that harms least, in rounds, and train what is left.
+
+    Writes dense safetensors with exact zeros. Zeros alone make nothing faster. Stopped at any
+    moment and run again, it goes on after the last finished round.
+    """
+    if (sparsity is None) == (pattern is None):
+        raise DivergentTokensError("give either --sparsity 0.75 or --pattern 2:4")
+    _check_out(out, overwrite=overwrite)
+
+    from divergent_tokens.compress.components import find_components
+    from divergent_tokens.compress.prune import parse_pattern
+    from divergent_tokens.measure.perplexity import read_text
+    from divergent_tokens.measure.prompts import read_prompts
+    from divergent_tokens.measure.sequences import read_sequences
+    from divergent_tokens.pruning import Settings
+    from divergent_tokens.pruning import prune as prune_in_rounds
+    from divergent_tokens.recover import Training
+    from divergent_tokens.store import default_cache
+
+    on_signals(tidy_up)
+    n_of_m = parse_pattern(pattern) if pattern else None
+    by_default = Allocate.threshold if criterion is Criterion.fisher else Allocate.kl
+    settings = Settings(
+        sparsity=1 - n_of_m[0] / n_of_m[1] if n_of_m else float(sparsity or 0),
+        rounds=1 if n_of_m else rounds,
+        criterion=criterion.value,
+        allocate=(allocate or by_default).value,
+        pattern=n_of_m,
+        training=Training(
+            steps=steps,
+            batch_size=train_batch,
+            micro_batch=micro_batch or train_batch,
+            learning_rate=lr,
+            loss=loss.value,
+            checkpointing=checkpointing,
+        ),
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    given_text = read_text(text) if text else None
+    cache = cache or default_cache()
+    with progress_bar(quiet) as progress:
+        model = load_base(
+            base,
+            progress,
+            dtype=dtype,
+            device=device,
+            cache=cache,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+        components = find_components(model.network, include=include or (), exclude=exclude or ())
+        sequences = read_sequences(
+            data,
+            model,
+            length=length,
+            n_sequences=n_sequences,
+            text_field=text_field,
+            seed=seed,
+        )
+        prompt_set = read_prompts(
+            prompts,
+            model,
+            n_prompts=n_prompts,
+            prefix=prefix,
+            skip=skip_prompts,
+            chat=chat,
+            text_field=text_field,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        record = prune_in_rounds(
+            model,
+            components,
+            sequences,
+            prompt_set,
+            out,
+            settings,
+            text=given_text,
+            batch_size=batch_size,
+            cache=cache,
+            progress=progress,
+            command=["dtm", *sys.argv[1:]],
+        )
+    _print({**record, "folder": str(out)}, format)
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    """Nothing is replaced but what this command wrote, and that only if asked."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "pruning.json").is_file():
+        raise DivergentTokensError(
+            f"--out {out} exists and holds no pruned model of ours; name another folder"
+        )
+    if not overwrite:
+        raise DivergentTokensError(
+            f"--out {out} holds a pruned model already; give --overwrite to replace it, or name "
+            "another folder"
+        )
+
+
+def _print(record: dict[str, Any], format: Format) -> None:
+    from divergent_tokens.report.pruning import pruning_markdown, pruning_text
+
+    print_record(
+        record,
+        format,
+        text=lambda _width: pruning_text(record),
+        markdown=lambda: pruning_markdown(record),
+    )

@@ -1,0 +1,518 @@
+"""Pruning in rounds: look what matters, cut, train what is left, measure; each round is kept."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate, Cut, cut
+from divergent_tokens.compress.components import Component, component_view, weight_of
+from divergent_tokens.errors import DivergentTokensError, RecordError, SchemeError
+from divergent_tokens.measure.batches import BatchSize, first_batch_size
+from divergent_tokens.measure.comparison import compare, divergence_of, versions
+from divergent_tokens.measure.completions import Completions, complete
+from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.measure.layer_runs import LayerRuns
+from divergent_tokens.measure.metrics import Divergence
+from divergent_tokens.measure.perplexity import perplexity
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.scores import BaseLogits, score, score_hidden
+from divergent_tokens.measure.sequences import Sequences
+from divergent_tokens.measure.states import States, base_states
+from divergent_tokens.models import Model
+from divergent_tokens.quiet import quietly
+from divergent_tokens.recover import NotFiniteError, Recovery, Training, hold, schedule
+from divergent_tokens.saliencies import LEVELS, Criterion, check_components, find_saliencies
+from divergent_tokens.store import clear_disk_errors, replacing_file, replacing_folder, write_text
+
+SCHEMA = "divergent-tokens/pruning/1"
+RECORD = "pruning.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a pruning; all of it decides the result."""
+
+    sparsity: float
+    """The share of all weights of the components that is zero at the end."""
+    rounds: int = 10
+    criterion: Criterion = "fisher"
+    allocate: Allocate = "global"
+    pattern: tuple[int, int] | None = None
+    """n of m neighbours stay; the sparsity is 1 − n / m then, and there is one round."""
+    n_saliency: int = 64
+    """Sequences that saliencies are seen on."""
+    training: Training = field(default_factory=Training)
+    new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise SchemeError for what makes no sense."""
+        if not 0 < self.sparsity < 1:
+            raise SchemeError(
+                f"a sparsity of {self.sparsity} was asked for; expected a share of the weights "
+                "above 0 and below 1, such as 0.5"
+            )
+        if self.rounds < 1:
+            raise SchemeError(f"{self.rounds} rounds were asked for; expected 1 at least")
+        if self.allocate not in ALLOCATIONS:
+            raise SchemeError(
+                f"unknown allocation {self.allocate!r}; expected one of {', '.join(ALLOCATIONS)}"
+            )
+        if self.allocate == "global" and self.criterion != "fisher":
+            raise SchemeError(
+                f"--allocate global compares weights of different matrices, and {self.criterion} "
+                "has another unit in each; take --criterion fisher, or --allocate kl"
+            )
+        if self.pattern is not None and self.rounds > 1:
+            raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row loses the same share."""
+        return self.criterion == "wanda"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "pattern": list(self.pattern) if self.pattern else None}
+
+
+def prune(
+    base: Model,
+    components: Sequence[Component],
+    sequences: Sequences,
+    prompts: PromptSet,
+    out: Path,
+    settings: Settings,
+    *,
+    text: str | None = None,
+    batch_size: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The record of a pruning, and in the folder `out` the pruned model with that record.
+
+    What matters is seen, and trained, on the sequences; FDT, SDT and KL are against the base on the
+    prompts, PPL on the text. The base's network is not changed. Rounds are kept beside `out` until
+    it is there, so that a pruning that was stopped goes on.
+
+    Raises SchemeError where a criterion or pattern does not fit a component or the base is sparser
+    already, RecordError where kept rounds are of another run, and DivergentTokensError for a loss
+    that is no number: the last good round stays kept.
+    """
+    check_components(components, settings.criterion)
+    _check_pattern(components, settings.pattern)
+    _check_target(base, components, settings.sparsity)
+    ground = _Ground.of(base, prompts, settings, text, batch_size, cache, progress)
+    network = copy.deepcopy(base.network)
+    model = replace(base, network=network, reference=f"{base.reference} (pruned)")
+    run = _Run(model, base, components, sequences, settings, ground, progress)
+    kept = _Rounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text))
+    records = kept.load(run)
+    for number, target in enumerate(run.targets):
+        if number < len(records):
+            continue
+        records.append(run.round(number, target))
+        kept.save(run, records)
+    record = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "command": list(command),
+        "settings": settings.to_json(),
+        "base": {
+            "reference": base.reference,
+            "fingerprint": base.fingerprint,
+            "dtype": base.dtype_name,
+            "device": str(base.device),
+        },
+        "data": {
+            "source": sequences.source,
+            "digest": sequences.digest,
+            "n_sequences": len(sequences.ids),
+            "length": int(sequences.ids.shape[1]),
+        },
+        "prompts": {
+            "source": prompts.source,
+            "digest": prompts.digest,
+            "n_prompts": len(prompts),
+            "skipped": prompts.skipped,
+            "prefix": prompts.prefix,
+            "new_tokens": settings.new_tokens,
+        },
+        "base_ppl": ground.base_ppl,
+        "rounds": records,
+        "components": run.components_json(),
+        "metrics": run.final_metrics(prompts, text, batch_size, cache),
+    }
+    _write(out, model, record)
+    kept.clear()
+    return record
+
+
+def _check_pattern(components: Sequence[Component], pattern: tuple[int, int] | None) -> None:
+    for component in components if pattern else ():
+        assert pattern is not None
+        if component.shape[1] % pattern[1]:
+            raise SchemeError(
+                f"{component.name} has {component.shape[1]} inputs, which {pattern[1]} does not "
+                f"divide; exclude it, or take another pattern than {pattern[0]}:{pattern[1]}"
+            )
+
+
+def _check_target(base: Model, components: Sequence[Component], sparsity: float) -> None:
+    zeros = sum(int((weight_of(base.network, c) == 0).sum()) for c in components)
+    share = zeros / sum(c.n_parameters for c in components)
+    if share >= sparsity:
+        raise SchemeError(
+            f"{share:.1%} of the weights of {base.reference} are zero already; expected a "
+            f"--sparsity above that, and {sparsity} was asked for"
+        )
+
+
+# --- measuring ---
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """The base's side of every measurement."""
+
+    base: Model
+    head: Head
+    completions: Completions
+    states: States
+    text: str | None
+    base_ppl: float | None
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        base: Model,
+        prompts: PromptSet,
+        settings: Settings,
+        text: str | None,
+        batch_size: int | None,
+        cache: Path | None,
+        progress: Progress,
+    ) -> "_Ground":
+        completions = complete(
+            base, prompts, new_tokens=settings.new_tokens, cache=cache, progress=progress
+        )
+        size = BatchSize(batch_size) if batch_size else first_batch_size(base.device)
+        head = find_head(base.network)
+        states = base_states(
+            base, head, completions, batch_size=size, cache=cache, progress=progress
+        )
+        found = cls(base, head, completions, states, text, None, states.batch_size)
+        return replace(found, base_ppl=found.perplexity(base, head))
+
+    def divergence(self, model: Model) -> Divergence:
+        head = find_head(model.network)
+        scores = score(model, head, self.completions, self.head, self.states)
+        return divergence_of(scores, self.completions)
+
+    def perplexity(self, model: Model, head: Head) -> float | None:
+        if self.text is None:
+            return None
+        found = perplexity(model, head, self.text, batch_size=self.batch_size)
+        return float(np.exp(found.nats.mean()))
+
+    def metrics(self, model: Model) -> dict[str, float | None]:
+        found = self.divergence(model)
+        assert found.kl is not None
+        n_tokens = int(found.n_tokens.sum())
+        return {
+            "fdt": float(found.fdt.mean()),
+            "sdt": float(found.n_divergent.sum() / n_tokens),
+            "kl": float(found.kl.sum() / n_tokens),
+            "ppl": self.perplexity(model, find_head(model.network)),
+        }
+
+    def fdt_by_level(
+        self,
+        model: Model,
+        components: Sequence[Component],
+        mask_at: Callable[[int, float], Tensor],
+        progress: Progress,
+    ) -> NDArray[np.float64]:
+        """FDT with one component cut, everything else as it is now. [component, level]"""
+        runs = LayerRuns(
+            model, find_head(model.network), self.completions, batch_size=self.batch_size
+        )
+        base = BaseLogits(self.head, self.states)
+        found = np.zeros((len(components), len(LEVELS)))
+        order = sorted(range(len(components)), key=lambda i: components[i].layer or 0)
+        for done, i in enumerate(order):
+            layer = components[i].layer
+            assert layer is not None
+            runs.go_to(layer)
+            parameter = model.network.get_parameter(components[i].parameter)
+            own = parameter.data
+            for j, level in enumerate(LEVELS):
+                parameter.data = own.clone()
+                view = component_view(parameter.data, components[i])
+                view.mul_(mask_at(i, level))
+                try:
+                    scores = score_hidden(
+                        runs.hidden(layer), model, find_head(model.network), self.completions, base
+                    )
+                finally:
+                    parameter.data = own
+                found[i, j] = divergence_of(scores, self.completions).fdt.mean()
+            progress("levels", done + 1, len(order), "components")
+        return found
+
+
+# --- rounds ---
+
+
+class _Run:
+    """A pruning under way: the network as it has become, its masks, its training."""
+
+    def __init__(
+        self,
+        model: Model,
+        base: Model,
+        components: Sequence[Component],
+        sequences: Sequences,
+        settings: Settings,
+        ground: _Ground,
+        progress: Progress,
+    ) -> None:
+        self.model, self.base, self.components = model, base, components
+        self.sequences, self.settings = sequences, settings
+        self._ground, self._progress = ground, progress
+        self.targets = (
+            [settings.sparsity]
+            if settings.rounds == 1
+            else list(schedule(settings.sparsity, settings.rounds))
+        )
+        self.cut: Cut | None = None
+        self.masks: dict[str, Tensor] = {}
+        """Of parameters as they are stored."""
+        self.recovery: Recovery | None = None
+        if settings.training.steps:
+            self.recovery = Recovery(
+                model.network,
+                base.network,
+                sequences,
+                settings.training,
+                total_steps=settings.rounds * settings.training.steps,
+                seed=settings.seed,
+            )
+
+    def key(self, prompts: PromptSet, text: str | None) -> dict[str, Any]:
+        """Everything that must be the same to go on."""
+        return {
+            "base": self.base.fingerprint,
+            "dtype": self.base.dtype_name,
+            "settings": self.settings.to_json(),
+            "components": [component.name for component in self.components],
+            "data": self.sequences.digest,
+            "prompts": prompts.digest,
+            "text": None if text is None else len(text),
+        }
+
+    def round(self, number: int, target: float) -> dict[str, Any]:
+        """Cut, train, measure."""
+        settings = self.settings
+        self._cut_to(target, number)
+        assert self.cut is not None
+        before = self._ground.metrics(self.model)
+        loss = None
+        name = f"round {number + 1} of {len(self.targets)}, sparsity {self.cut.sparsity:.2f}"
+        if self.recovery is not None:
+            try:
+                loss = self.recovery.run(
+                    settings.training.steps, self.masks, name=name, progress=self._progress
+                )
+            except NotFiniteError as error:
+                raise DivergentTokensError(
+                    f"round {number + 1}: {error}; what was kept of the rounds before is kept "
+                    "still. Give a smaller --lr, or more --rounds"
+                ) from error
+        after = before if self.recovery is None else self._ground.metrics(self.model)
+        return {
+            "round": number + 1,
+            "target": target,
+            "sparsity": self.cut.sparsity,
+            "loss": loss,
+            "before": before,
+            "after": after,
+            "sparsities": {
+                c.name: share for c, share in zip(self.components, self.cut.sparsities, strict=True)
+            },
+        }
+
+    def _cut_to(self, target: float, number: int) -> None:
+        settings = self.settings
+        moved = self.cut is not None
+        self._progress(f"saliency, round {number + 1}", 0, 1, "")
+        found = find_saliencies(
+            self.model,
+            self.components,
+            settings.criterion,
+            self.sequences,
+            n_sequences=settings.n_saliency,
+            by_rows=settings.by_rows,
+            with_harm=settings.allocate == "kl" and settings.pattern is None,
+            teacher=self.base if moved else None,
+            seed=settings.seed * 1000 + number,
+        )
+        self._progress(f"saliency, round {number + 1}", 1, 1, "")
+        fdt = None
+        if settings.allocate in MEASURED and settings.pattern is None:
+
+            def mask_at(i: int, level: float) -> Tensor:
+                one = replace(found, components=(self.components[i],), values=(found.values[i],))
+                return cut(one, "uniform", level, by_rows=settings.by_rows).masks[0]
+
+            fdt = self._ground.fdt_by_level(self.model, self.components, mask_at, self._progress)
+        self.cut = cut(
+            found,
+            settings.allocate,
+            target,
+            by_rows=settings.by_rows,
+            pattern=settings.pattern,
+            before=self.cut,
+            fdt=fdt,
+        )
+        self._set_masks()
+        hold(self.model.network, self.masks)
+
+    def _set_masks(self) -> None:
+        assert self.cut is not None
+        self.masks = {}
+        for component, mask in zip(self.components, self.cut.masks, strict=True):
+            parameter = self.model.network.get_parameter(component.parameter)
+            if component.parameter not in self.masks:
+                self.masks[component.parameter] = torch.ones_like(parameter, dtype=torch.bool)
+            component_view(self.masks[component.parameter], component).copy_(mask)
+
+    def components_json(self) -> list[dict[str, Any]]:
+        """Each component, and the share of it that is zero."""
+        return [
+            {
+                "name": c.name,
+                "kind": c.kind,
+                "layer": c.layer,
+                "n_parameters": c.n_parameters,
+                "n_zero": int((weight_of(self.model.network, c) == 0).sum()),
+            }
+            for c in self.components
+        ]
+
+    def final_metrics(
+        self, prompts: PromptSet, text: str | None, batch_size: int | None, cache: Path | None
+    ) -> dict[str, Any]:
+        """With intervals."""
+        self.model.network.requires_grad_(False)
+        found = compare(
+            self.base,
+            {"pruned": _Held(self.model)},
+            prompts,
+            new_tokens=self.settings.new_tokens,
+            text=text,
+            batch_size=batch_size,
+            seed=self.settings.seed,
+            cache=cache,
+        )
+        return found.candidates[0].metrics.to_json()
+
+
+class _Held:
+    """A model that is there already, as a candidate."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __enter__(self) -> Model:
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class _Rounds:
+    """The last finished round, beside the folder that is to come."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self._folder, self._key = folder, json.loads(json.dumps(key))
+
+    def load(self, run: _Run) -> list[dict[str, Any]]:
+        """Records of the finished rounds, the run set to where they ended."""
+        if not (self._folder / "run.json").is_file():
+            return []
+        kept = json.loads((self._folder / "run.json").read_text(encoding="utf-8"))
+        differing = [name for name in self._key if kept["key"].get(name) != self._key[name]]
+        if differing:
+            raise RecordError(
+                f"{self._folder} holds rounds of another run (another {', '.join(differing)}); "
+                "delete it, or give another --out"
+            )
+        tensors = load_file(self._folder / kept["file"])
+        network = run.model.network
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(tensors[f"weight.{name}"])
+        run.cut = Cut(
+            tuple(tensors[f"mask.{c.name}"].bool().to(run.model.device) for c in run.components)
+        )
+        run._set_masks()
+        if run.recovery is not None:
+            of_optimizer = {
+                name.removeprefix("optimizer."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("optimizer.")
+            }
+            run.recovery.load_state(of_optimizer)
+        found: list[dict[str, Any]] = kept["records"]
+        return found
+
+    def save(self, run: _Run, records: list[dict[str, Any]]) -> None:
+        """Keep a round; the one before goes when this one is there."""
+        assert run.cut is not None
+        network = run.model.network
+        tensors = {
+            f"weight.{name}": parameter.detach().cpu().contiguous().clone()
+            for name, parameter in network.named_parameters()
+        }
+        for component, mask in zip(run.components, run.cut.masks, strict=True):
+            tensors[f"mask.{component.name}"] = mask.to("cpu", torch.uint8).contiguous()
+        if run.recovery is not None:
+            for name, tensor in run.recovery.state().items():
+                tensors[f"optimizer.{name}"] = tensor.contiguous().clone()
+        file = f"round-{len(records)}.safetensors"
+        with clear_disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self._folder / file) as path:
+                save_file(tensors, path)
+            written = {"key": self._key, "file": file, "records": records}
+            write_text(self._folder / "run.json", json.dumps(written))
+        for old in self._folder.glob("round-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def clear(self) -> None:
+        """The folder is there: nothing has to go on."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _write(out: Path, model: Model, record: dict[str, Any]) -> None:
+    """Dense safetensors with exact zeros, the tokenizer, and the record."""
+    with clear_disk_errors(out), replacing_folder(out) as folder:
+        with quietly():
+            model.network.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,186 @@
+"""Training of what is left between rounds of pruning, the zeros held at zero."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import cos, pi
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from divergent_tokens.errors import DivergentTokensError, RecordError
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.sequences import Sequences
+
+Loss = Literal["distill", "ce", "both"]
+WARM_UP = 50
+"""Steps over which the learning rate rises; then it falls on a cosine to a twentieth."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained."""
+
+    steps: int = 200
+    """Of each round; 0: none."""
+    batch_size: int = 16
+    """Sequences of a step, on all devices together."""
+    micro_batch: int = 16
+    """Sequences at once; gradients of a step's are added up."""
+    learning_rate: float = 3e-4
+    loss: Loss = "distill"
+    """KL(base ‖ model), cross-entropy of the text, or half of each."""
+    checkpointing: bool = False
+    """Activations are made again in the backward pass."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class NotFiniteError(DivergentTokensError):
+    """The loss became NaN or infinite."""
+
+
+class Recovery:
+    """A network in training, with its optimizer; steps count on from round to round."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        teacher: PreTrainedModel,
+        sequences: Sequences,
+        training: Training,
+        *,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """All parameters are trained; on a GPU in bfloat16 autocast, weights in float32."""
+        on_gpu = network.device.type == "cuda"
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu, device_placement=False
+        )
+        self._training, self._total, self._seed = training, total_steps, seed
+        self._sequences, self._teacher = torch.from_numpy(sequences.ids), teacher
+        network.requires_grad_(True)
+        if training.checkpointing:
+            network.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        self._names = {id(p): name for name, p in network.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
+        )
+        self._network: Any = network
+        self._wrapped, self._optimizer = self.accelerator.prepare(network, optimizer)
+        self.step = 0
+        """Steps that were taken, of all rounds."""
+
+    def run(
+        self,
+        n_steps: int,
+        masks: Mapping[str, Tensor],
+        *,
+        name: str = "recover",
+        progress: Progress = silent,
+    ) -> float:
+        """The mean loss of so many steps; parameters with a mask [as stored] keep their zeros.
+
+        Raises NotFiniteError at the first loss that is no number.
+        """
+        self._network.train()
+        losses = []
+        for done in range(n_steps):
+            losses.append(self._take_step(masks))
+            progress(name, done + 1, n_steps, f"steps, loss {losses[-1]:.3f}")
+        self._network.eval()
+        return float(np.mean(losses)) if losses else float("nan")
+
+    def _take_step(self, masks: Mapping[str, Tensor]) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate()
+        ids = self._drawn()
+        total = 0.0
+        parts = torch.split(ids, self._training.micro_batch)
+        for part in parts:
+            loss = self._loss(part) * (len(part) / len(ids))
+            if not bool(torch.isfinite(loss)):
+                raise NotFiniteError(f"the loss is {float(loss.detach())} at step {self.step + 1}")
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        self.accelerator.clip_grad_norm_(self._network.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        hold(self._network, masks)
+        self.step += 1
+        return total
+
+    def _rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / WARM_UP)
+        falling = 0.5 * (1 + cos(pi * self.step / max(1, self._total)))
+        return self._training.learning_rate * warm * (0.95 * falling + 0.05)
+
+    def _drawn(self) -> Tensor:
+        """This process's sequences of a step [sequence, token]; they depend on seed and step."""
+        rng = np.random.default_rng([self._seed, self.step])
+        rows = rng.integers(0, len(self._sequences), self._training.batch_size)
+        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        return self._sequences[own].to(self._network.device)
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        kind = self._training.loss
+        with self.accelerator.autocast():
+            logits: Tensor = self._wrapped(input_ids=ids, use_cache=False).logits
+            logps = logits[:, :-1].float().log_softmax(-1)
+            loss = logps.new_zeros(())
+            if kind != "ce":
+                with torch.no_grad():
+                    wanted = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+                    wanted = wanted.float().log_softmax(-1)
+                loss = (
+                    loss
+                    + functional.kl_div(logps, wanted, reduction="none", log_target=True)
+                    .sum(-1)
+                    .mean()
+                )
+            if kind != "distill":
+                loss = loss + functional.nll_loss(logps.flatten(0, 1), ids[:, 1:].flatten())
+        return loss * (0.5 if kind == "both" else 1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """What it takes to go on: the optimizer's moments, by parameter."""
+        found = {"step": torch.tensor(self.step)}
+        for parameter, values in self._optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                found[f"{key}.{self._names[id(parameter)]}"] = values[key].detach().cpu()
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`; RecordError where it is another network's."""
+        self.step = int(state["step"])
+        if self.step == 0:
+            return
+        for parameter in self._network.parameters():
+            name = self._names[id(parameter)]
+            try:
+                moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")}
+            except KeyError as error:
+                raise RecordError(f"the kept round has no optimizer state of {name}") from error
+            self._optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device)
+                for key, value in moments.items()
+            }
+
+
+@torch.no_grad()
+def hold(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero where a mask says so."""
+    for name, mask in masks.items():
+        network.get_parameter(name).mul_(mask)
+
+
+def schedule(sparsity: float, rounds: int) -> Sequence[float]:
+    """The sparsity after each round: large steps first (Zhu and Gupta 2017, equation 1)."""
+    return [sparsity * (1 - (1 - (r + 1) / rounds) ** 3) for r in range(rounds)]

@@ -1,0 +1,104 @@
+"""What a pruning did, for a terminal and as Markdown; records in, runs no model."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+
+from divergent_tokens.report.numbers import estimate, number, percent
+from divergent_tokens.report.tables import (
+    Record,
+    Section,
+    harmless,
+    markdown_page,
+    on_one_line,
+    on_prompts,
+    text_page,
+)
+
+BEYOND = 0.9
+"""The paper counts attention matrices that end sparser than this."""
+
+
+def pruning_text(record: Record) -> RenderableType:
+    """The pruning for a terminal: title, rounds, kinds of matrices, notes."""
+    record = harmless(record)
+    return text_page(title(record), _sections(record), notes(record))
+
+
+def pruning_markdown(record: Record) -> str:
+    """The same as Markdown."""
+    record = harmless(record)
+    return markdown_page(title(record), _sections(record), notes(record))
+
+
+def title(record: Record) -> str:
+    """What was pruned, how, and on what it is reported."""
+    settings = record["settings"]
+    pattern = settings["pattern"]
+    how = f"{pattern[0]}:{pattern[1]}" if pattern else percent(settings["sparsity"])
+    prompts = on_prompts(record["prompts"], record["prompts"]["new_tokens"])
+    return (
+        f"{record['base']['reference']} pruned to {how} by {settings['criterion']}, "
+        f"{settings['allocate']}; reported {prompts}"
+    )
+
+
+def _sections(record: Record) -> Iterator[Section]:
+    rows = []
+    for one in record["rounds"]:
+        after = one["after"]
+        rows.append(
+            [
+                str(one["round"]),
+                percent(one["sparsity"]),
+                number(one["loss"]),
+                number(one["before"]["fdt"]),
+                number(after["fdt"]),
+                percent(after["sdt"]),
+                number(after["kl"]),
+                number(after["ppl"]),
+            ]
+        )
+    columns = ("round", "zeros", "loss", "FDT cut", "FDT", "SDT", "KL", "PPL")
+    yield columns, rows, "Rounds, before and after training"
+    metrics = record["metrics"]
+    cells = [
+        on_one_line("\n".join(filter(None, estimate(metrics[name], as_percent=name == "sdt"))))
+        for name in ("fdt", "sdt", "kl")
+    ]
+    yield ("FDT", "SDT", "KL"), [cells], "At the end, with intervals"
+    yield (
+        ("kind", "matrices", "zeros", f"beyond {percent(BEYOND)}"),
+        _kinds(record),
+        "Zeros by kind",
+    )
+
+
+def _kinds(record: Record) -> list[list[str]]:
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for component in record["components"]:
+        groups[component["kind"]].append(component)
+    rows = []
+    for kind, members in groups.items():
+        shares = [m["n_zero"] / m["n_parameters"] for m in members]
+        zeros = sum(m["n_zero"] for m in members) / sum(m["n_parameters"] for m in members)
+        beyond = sum(share > BEYOND for share in shares)
+        rows.append([kind, str(len(members)), percent(zeros), str(beyond)])
+    return rows
+
+
+def notes(record: Record) -> Iterator[str]:
+    """What a reader must know to read the numbers rightly."""
+    if record["base_ppl"] is not None:
+        yield f"The base has a perplexity of {number(record['base_ppl'])} on the text."
+    data = record["data"]
+    yield (
+        f"Seen and trained on {data['n_sequences']} sequences of {data['length']} tokens from "
+        f"{data['source']}; keep the prompts and the text apart from them."
+    )
+    yield (
+        "Zeros alone make nothing faster: weights are stored dense, and no common server skips "
+        "them."
+    )
+    yield f"Written to {record['folder']}, the record as pruning.json in it."

@@ -1,0 +1,443 @@
+"""Pruning in rounds: exact zeros that stay, harm against slow loops, and runs that go on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+import tiny
+from divergent_tokens import pruning, recover
+from divergent_tokens.allocation import Cut, cut
+from divergent_tokens.compress.components import find_components, weight_of
+from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, rows_mask
+from divergent_tokens.errors import DivergentTokensError, PromptError, RecordError, SchemeError
+from divergent_tokens.layers import decoder_layers
+from divergent_tokens.measure.head import find_head
+from divergent_tokens.measure.sequences import Sequences, read_sequences
+from divergent_tokens.models import load_model
+from divergent_tokens.pruning import Settings, prune
+from divergent_tokens.recover import Recovery, Training, hold, schedule
+from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
+from divergent_tokens.saliencies import _gradients as gradients_of
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return Sequences(np.random.default_rng(1).integers(4, 200, (12, 16)), "random")
+
+
+@pytest.fixture
+def base():
+    return runs.changed(runs.model(), lambda network: network)
+
+
+def of(model):
+    return find_components(model.network)
+
+
+def made(*matrices, harm=None):
+    """Saliencies of made-up matrices, of components with these shapes."""
+    components = []
+    names = find_components(runs.model().network)
+    for matrix, component in zip(matrices, names, strict=False):
+        fields = {**vars(component), "shape": tuple(matrix.shape)}
+        components.append(type(component)(**fields))
+    return Saliencies(tuple(components), tuple(matrices), harm)
+
+
+# --- masks ---
+
+
+def test_two_of_four_stay_in_every_group():
+    saliency = torch.rand(6, 16)
+    mask = n_of_m_mask(saliency, 2, 4)
+    assert (mask.view(-1, 4).sum(1) == 2).all()
+    kept = saliency.masked_fill(~mask, -1).view(-1, 4).sort(1).values[:, 2:]
+    assert torch.equal(kept, saliency.view(-1, 4).sort(1).values[:, 2:])
+    with pytest.raises(SchemeError, match="'4:2' is no pattern"):
+        parse_pattern("4:2")
+
+
+def test_rows_lose_the_same():
+    mask = rows_mask(torch.rand(5, 20), 0.35)
+    assert (mask.sum(1) == 13).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99])
+def test_one_threshold_takes_the_least_of_all_to_the_last_weight(sparsity):
+    values = [torch.from_numpy(RNG.random((7, 9))).float() ** 4, torch.rand(11, 5) * 0.1]
+    values[0][0, :4] = 0.0  # ties
+    found = cut(made(*values), "global", sparsity)
+    joined = torch.cat([value.flatten() for value in values])
+    n_gone = round(sparsity * len(joined))
+    assert sum(int((~mask).sum()) for mask in found.masks) == n_gone
+    gone = torch.cat([v[~m] for v, m in zip(values, found.masks, strict=True)])
+    assert torch.equal(gone.sort().values, joined.sort().values[:n_gone])
+
+
+def test_what_is_gone_stays_gone():
+    values = [torch.rand(8, 8) - 0.5 for _ in range(3)]
+    before = cut(made(*values), "global", 0.4)
+    other = [torch.rand(8, 8) for _ in range(3)]
+    for allocate in ("global", "uniform"):
+        after = cut(made(*other), allocate, 0.6, before=before)
+        for old, new in zip(before.masks, after.masks, strict=True):
+            assert not (new & ~old).any() or allocate == "uniform"
+        assert after.sparsity == pytest.approx(0.6, abs=0.02)
+
+
+def test_uniform_spares_the_first_and_the_last_layer():
+    values = [torch.rand(10, 10) for _ in range(14)]
+    with pytest.raises(SchemeError, match="leaves nothing of the layers between"):
+        cut(made(*values), "uniform-spared", 0.5)  # two layers, both of them ends
+
+
+def test_least_harm_is_the_best_of_all_choices():
+    harm = np.cumsum(RNG.random((3, len(LEVELS))), 1) * np.array([[1], [5], [0.2]])
+    found = cut(made(*[torch.rand(20, 20) for _ in range(3)], harm=harm), "kl", 0.5)
+    assert found.sparsity >= 0.5
+    levels = [int(np.argmin(abs(np.array(LEVELS) - s))) for s in found.sparsities]
+    total = sum(harm[i, level] for i, level in enumerate(levels))
+    every = [
+        harm[0, a] + harm[1, b] + harm[2, c]
+        for a in range(len(LEVELS))
+        for b in range(len(LEVELS))
+        for c in range(len(LEVELS))
+        if LEVELS[a] + LEVELS[b] + LEVELS[c] >= 1.5
+    ]
+    assert total <= min(every) * 1.1  # without the proof of the optimum
+
+
+def test_the_papers_rule_keeps_every_fdt_above_one_threshold():
+    fdt = np.sort(RNG.random((3, len(LEVELS))) * 100, 1)[:, ::-1]
+    found = cut(made(*[torch.rand(20, 20) for _ in range(3)]), "fdt-threshold", 0.5, fdt=fdt)
+    assert found.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+# --- saliencies ---
+
+
+def test_wanda_is_its_definition(base, sequences):
+    """|w| times the norm of the input, from hooks put on by hand."""
+    component = next(c for c in of(base) if c.kind == "down" and c.layer == 1)
+    rows = []
+    module = base.network.get_submodule(component.parameter.removesuffix(".weight"))
+    hook = module.register_forward_pre_hook(lambda _m, inputs: rows.append(inputs[0].detach()))
+    with torch.no_grad():
+        base.network(input_ids=torch.from_numpy(sequences.ids))
+    hook.remove()
+    norms = torch.cat([row.flatten(0, -2) for row in rows]).norm(dim=0)
+    found = find_saliencies(base, [component], "wanda", sequences, n_sequences=99).values[0]
+    expected = weight_of(base.network, component).abs() * norms
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def slow_gradients(model, components, ids, seed):
+    """Gradients of drawn labels' log-probabilities by autograd on the weights. [sequence, ...]"""
+    network = runs.changed(model, lambda n: n.requires_grad_(True)).network
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in torch.split(ids, 4):
+        uniforms = torch.rand(batch[:, 1:].numel(), generator=generator, dtype=torch.float64)
+        for row, own in zip(batch, uniforms.view(len(batch), -1), strict=True):
+            logps = network(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+            sums = logps.detach().exp().double().cumsum(-1)
+            labels = torch.searchsorted(sums, (own * sums[:, -1])[:, None], right=True)
+            value = logps.gather(-1, labels.clamp(max=logps.shape[1] - 1)).sum()
+            weights = [network.get_parameter(c.parameter) for c in components]
+            found.append(torch.autograd.grad(value, weights))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_gradients_are_those_of_the_weights(architecture, sequences):
+    model = runs.model(architecture)
+    components = of(model)
+    ids = torch.from_numpy(sequences.ids[:6])
+    found = [[] for _ in components]
+    gradients_of(model, components, ids, lambda i, g: found[i].append(g), 3, None, lambda *_: None)
+    expected = slow_gradients(model, components, ids, 3)
+    for i, component in enumerate(components):
+        own = torch.cat(found[i])
+        for sequence, gradients in zip(own, expected, strict=True):
+            gradient = gradients[i].t() if component.transposed else gradients[i]
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(sequence, gradient, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_harm_is_that_of_the_slow_loop(base, sequences):
+    components = of(base)[:3]
+    found = find_saliencies(
+        base, components, "magnitude", sequences, n_sequences=12, with_harm=True, seed=5
+    )
+    order = np.random.default_rng(5).permutation(len(sequences.ids))
+    ids = torch.from_numpy(sequences.ids[order])
+    gradients = slow_gradients(base, components, ids, 6)
+    for i, component in enumerate(components):
+        weight = weight_of(base.network, component)
+        for j, level in enumerate(LEVELS):
+            mask = cut(made(weight.abs()), "uniform", level).masks[0]
+            s = [-float((g[i] * weight)[~mask].double().sum()) for g in gradients]
+            expected = np.square(s).sum() / (2 * ids[:, 1:].numel())
+            assert found.harm[i, j] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_the_slope_counts_around_a_model_that_moved(base, sequences):
+    moved = runs.noisy(base, 0.2)
+    components = of(base)[:2]
+    run = {"n_sequences": 12, "with_harm": True, "seed": 5}
+    without = find_saliencies(moved, components, "magnitude", sequences, **run).harm
+    with_slope = find_saliencies(
+        moved, components, "magnitude", sequences, teacher=base, **run
+    ).harm
+    network = runs.changed(moved, lambda n: n.requires_grad_(True)).network
+    ids = torch.from_numpy(sequences.ids)
+    wanted = base.network(input_ids=ids).logits[:, :-1].log_softmax(-1).detach()
+    logps = network(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    kl = (wanted.exp() * (wanted - logps)).sum(-1).mean()
+    for i, component in enumerate(components):
+        parameter = network.get_parameter(component.parameter)
+        (gradient,) = torch.autograd.grad(kl, parameter, retain_graph=True)
+        weight = weight_of(moved.network, component)
+        for j in (5, 12, 20):
+            mask = cut(made(weight.abs()), "uniform", LEVELS[j]).masks[0]
+            slope = -float((gradient * weight)[~mask].sum())
+            assert with_slope[i, j] - without[i, j] == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+def test_experts_need_magnitude(sequences):
+    model = runs.model("qwen3-moe")
+    with pytest.raises(SchemeError, match="exclude them, or take --criterion magnitude"):
+        find_saliencies(model, of(model), "fisher", sequences)
+
+
+# --- training ---
+
+
+def test_zeros_stay_through_steps_and_weights_move(base, sequences):
+    network = runs.changed(base, lambda n: n).network
+    masks = {
+        name: torch.rand(p.shape) > 0.5 for name, p in network.named_parameters() if p.ndim == 2
+    }
+    hold(network, masks)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    recovery = Recovery(
+        network,
+        base.network,
+        sequences,
+        Training(batch_size=4, micro_batch=2, loss="both", learning_rate=3e-3),
+        total_steps=60,
+        seed=0,
+    )
+    losses = [recovery.run(15, masks) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    for name, parameter in network.named_parameters():
+        if name in masks:
+            assert (parameter[~masks[name]] == 0).all()
+            assert not torch.equal(parameter, before[name])
+
+
+def test_parts_of_a_batch_are_the_batch(base, sequences):
+    found = []
+    for micro in (4, 1):
+        network = runs.changed(base, lambda n: n).network
+        training = Training(batch_size=4, micro_batch=micro)
+        recovery = Recovery(network, base.network, sequences, training, total_steps=9, seed=0)
+        with torch.no_grad():
+            decoder_layers(network)[1][0].mlp.up_proj.weight.mul_(0.5)
+        recovery.run(2, {})
+        found.append(decoder_layers(network)[1][1].mlp.up_proj.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_the_schedule_takes_large_steps_first_and_ends_at_the_target():
+    found = schedule(0.75, 10)
+    steps = np.diff([0, *found])
+    assert found[-1] == pytest.approx(0.75)
+    assert (np.diff(steps) < 0).all()
+
+
+# --- whole runs ---
+
+
+TINY = {"n_saliency": 8, "new_tokens": 6}
+
+
+def run(base, folder, name="out", *, rounds=2, steps=3, **options):
+    settings = Settings(
+        sparsity=options.pop("sparsity", 0.5),
+        rounds=rounds,
+        training=Training(steps=steps, batch_size=4, micro_batch=4, learning_rate=1e-3),
+        **{**TINY, **options},
+    )
+    rows = np.random.default_rng(1).integers(4, 200, (12, 16))
+    text = " ".join(tiny.SENTENCES * 20)
+    return prune(
+        base,
+        of(base),
+        Sequences(rows, "random"),
+        runs.prompts(4),
+        folder / name,
+        settings,
+        text=text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("criterion", "allocate"),
+    [
+        ("magnitude", "uniform"),
+        ("magnitude", "kl"),
+        ("magnitude", "fdt"),
+        ("magnitude", "fdt-threshold"),
+        ("wanda", "uniform"),
+        ("wanda", "kl"),
+        ("fisher", "global"),
+        ("fisher", "kl"),
+    ],
+)
+def test_a_pruning_writes_exact_zeros_and_its_record(base, tmp_path, criterion, allocate):
+    own = {name: p.detach().clone() for name, p in base.network.named_parameters()}
+    record = run(base, tmp_path, criterion=criterion, allocate=allocate)
+    assert all(torch.equal(p, own[name]) for name, p in base.network.named_parameters())
+    assert [one["round"] for one in record["rounds"]] == [1, 2]
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.03)
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text()) == record
+    loaded = load_model(tmp_path / "out", device="cpu")
+    zeros = {c["name"]: c["n_zero"] for c in record["components"]}
+    for component in of(loaded):
+        assert int((weight_of(loaded.network, component) == 0).sum()) == zeros[component.name]
+    share = sum(zeros.values()) / sum(c["n_parameters"] for c in record["components"])
+    assert share == pytest.approx(record["rounds"][-1]["sparsity"], abs=1e-3)
+    assert not (tmp_path / "out.rounds").exists()
+    assert record["metrics"]["kl"]["value"] == pytest.approx(
+        record["rounds"][-1]["after"]["kl"], rel=1e-3
+    )
+
+
+def test_a_pattern_is_in_every_matrix(base, tmp_path):
+    record = run(base, tmp_path, rounds=1, steps=2, pattern=(2, 4))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for component in record["components"]:
+        groups = weights[f"{component['name']}.weight"].view(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all()
+
+
+def stop_in_round(monkeypatch, number):
+    """The next training of this round is interrupted."""
+    own = Recovery.run
+
+    def stopping(self, *arguments, **options):
+        if options["name"].startswith(f"round {number}"):
+            raise KeyboardInterrupt
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(Recovery, "run", stopping)
+
+
+def test_what_was_stopped_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
+    whole = run(base, tmp_path, "whole", rounds=3)
+    with monkeypatch.context() as patch:
+        stop_in_round(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path, "stopped", rounds=3)
+    assert not (tmp_path / "stopped").exists()
+    assert len(list((tmp_path / "stopped.rounds").glob("*.safetensors"))) == 1
+    resumed = run(base, tmp_path, "stopped", rounds=3)
+    assert resumed["rounds"] == whole["rounds"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_rounds_of_another_run_are_refused(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_round(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path)
+    with pytest.raises(RecordError, match=r"rounds of another run \(another settings\)"):
+        run(base, tmp_path, sparsity=0.6)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_round(base, tmp_path, monkeypatch):
+    own = Recovery._loss
+
+    def wrong(self, ids):
+        loss = own(self, ids)
+        return loss * torch.nan if self.step == 4 else loss
+
+    monkeypatch.setattr(Recovery, "_loss", wrong)
+    with pytest.raises(DivergentTokensError, match="round 2: the loss is nan at step 5; what was"):
+        run(base, tmp_path)
+    monkeypatch.undo()
+    assert [one["round"] for one in run(base, tmp_path)["rounds"]] == [1, 2]
+
+
+def test_bad_settings_are_said(base, tmp_path):
+    with pytest.raises(SchemeError, match=r"a sparsity of 1\.5 was asked for"):
+        Settings(sparsity=1.5)
+    with pytest.raises(SchemeError, match="take --criterion fisher, or --allocate kl"):
+        Settings(sparsity=0.5, criterion="wanda")
+    with pytest.raises(SchemeError, match="which 5 does not divide"):
+        run(base, tmp_path, rounds=1, pattern=(2, 5))
+    sparse = runs.changed(base, lambda n: [p.zero_() for p in n.parameters() if p.ndim == 2])
+    with pytest.raises(SchemeError, match=r"100\.0% of the weights of m are zero already"):
+        pruning._check_target(sparse, of(sparse), 0.5)
+
+
+def test_a_text_too_short_to_train_on(base, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("\n".join(tiny.SENTENCES))
+    with pytest.raises(PromptError, match="training needs 8 at least"):
+        read_sequences(str(path), base, length=64, n_sequences=100)
+    path.write_text("\n".join(tiny.SENTENCES * 20))
+    found = read_sequences(str(path), base, length=16, n_sequences=10)
+    assert found.ids.shape == (10, 16)
+
+
+def test_the_optimizer_of_another_network_is_refused(base, sequences):
+    recovery = Recovery(
+        runs.changed(base, lambda n: n).network,
+        base.network,
+        sequences,
+        Training(batch_size=4, micro_batch=4),
+        total_steps=9,
+        seed=0,
+    )
+    with pytest.raises(RecordError, match="no optimizer state of"):
+        recovery.load_state({"step": torch.tensor(3)})
+    assert recover.WARM_UP > 0
+    assert find_head(base.network)
+    assert Cut((torch.tensor([[True, False]]),)).sparsity == 0.5
+
+
+def test_from_the_command_line(base, tmp_path, dtm):
+    base.network.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    data = tmp_path / "data.txt"
+    data.write_text("\n".join(tiny.SENTENCES * 30))
+    arguments = ["prune", str(tmp_path / "base"), "--rounds", "2", "--steps", "2"]
+    arguments += ["--data", str(data), "--length", "16", "--n-sequences", "20"]
+    arguments += ["--prompts", str(data), "--n-prompts", "3", "--prefix", "8", "--new-tokens", "4"]
+    arguments += ["--train-batch", "4", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    out = ["--out", str(tmp_path / "out")]
+    done = dtm(*arguments, "--sparsity", "0.5", *out)
+    assert done.code == 0, done.err
+    assert "Zeros alone make nothing faster" in done.out
+    again = dtm(*arguments, "--sparsity", "0.5", *out)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    assert dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite").code == 0
+    neither = dtm(*arguments, "--out", str(tmp_path / "x"))
+    assert neither.code == 2
+    assert "give either --sparsity 0.75 or --pattern 2:4" in neither.err
+    theirs = dtm(*arguments, "--sparsity", "0.5", "--out", str(tmp_path / "base"))
+    assert theirs.code == 2
+    assert "holds no pruned model of ours" in theirs.err
+    as_json = dtm(*arguments, "--pattern", "2:4", "--out", str(tmp_path / "p"), "--format", "json")
+    assert as_json.code == 0
+    assert json.loads(as_json.out)["settings"]["pattern"] == [2, 4]
