@@ -21,6 +21,7 @@ from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.perplexity import perplexity
 from divergent_tokens.measure.rounding import lent_rounding
+from divergent_tokens.measure.segments import Segments, walks
 from divergent_tokens.measure.states import base_states
 from divergent_tokens.models import Model, load_model
 from divergent_tokens.offload import StoredWeights, at_hand, is_offloaded, placement
@@ -116,6 +117,54 @@ def test_measured_rows_read_each_layer_once_for_a_batch_of_rows(architecture, tm
     # 3 passes check that layers can be left out, one finds the rounding floor; then the rows of
     # layer 0 pass both layers at once, the base passes layer 0, and the rows of layer 1 that one.
     assert layer_reads(reads, off.network) == {0: 3 + 1 + 1 + 1, 1: 3 + 1 + 1 + 1}
+
+
+def test_what_waits_is_not_compiled(llama, tmp_path):
+    """Modules whose forward is accelerate's would not be seen from compiled layers."""
+    whole, off = llama
+    scheme = [parse_scheme("int8")]
+    components = find_components(whole.network)
+    expected = probe(whole, components, scheme, completions(), compiled=False)
+    found = probe(off, components, scheme, completions(), compiled=True)
+    torch.testing.assert_close(
+        torch.from_numpy(found.draws), torch.from_numpy(expected.draws), rtol=1e-6, atol=1e-7
+    )
+    rows = sweep(
+        off,
+        components[:2],
+        scheme,
+        completions().prompts,
+        tmp_path / "sweep.db",
+        method="measure",
+        new_tokens=4,
+        compiled=True,
+    )
+    assert not rows.run["compiled"]
+    assert all(row.kl > 0 for row in rows.rows)
+
+
+def test_ends_that_cannot_be_changed_are_refused_before_any_work(llama, tmp_path):
+    _, off = llama
+    head = [c for c in find_components(off.network, include=["*"]) if c.is_end]
+    out = tmp_path / "sweep.db"
+    with pytest.raises(ModelError, match="cannot be changed while layers wait"):
+        sweep(off, head, [parse_scheme("int8")], completions().prompts, out, method="measure")
+    assert not out.exists()
+
+
+def test_memory_that_runs_out_in_the_check_is_no_refusal(llama, monkeypatch):
+    _, off = llama
+    head = find_head(off.network)
+    own = Segments._check
+
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Segments, "_check", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        walks(head, IDS)
+    monkeypatch.setattr(Segments, "_check", own)
+    assert walks(head, IDS)
 
 
 def test_scores_and_perplexity_read_each_layer_once(llama):
@@ -219,8 +268,8 @@ def test_layers_fill_devices_in_their_order(llama):
         found = placement(whole.network, devices, dtype=torch.float32, max_memory=most)
         return [found[f"model.layers.{i}"] for i in range(2)]
 
-    assert placed(ends + 3 * size) == [0, 0]
-    assert placed(ends + 2 * size) == [0, 1]
+    assert placement(whole.network, two, dtype=torch.float32, max_memory=ends + 2 * size) is None
+    assert placed(ends + size) == [0, 1]
     assert placed(ends + size, two[:1]) == ["cpu", "cpu"]
     assert placed(ends + size, [torch.device("cpu")]) == ["disk", "disk"]
     with pytest.raises(ModelError, match=r"one layer need .* MiB on cuda:0, and .* give it more"):

@@ -10,6 +10,7 @@ import tiny
 from divergent_tokens import backward
 from divergent_tokens import labels as labels_module
 from divergent_tokens.compress import changes
+from divergent_tokens.compress import changes as changes_module
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.expert_forward import open_experts
 from divergent_tokens.compress.schemes import parse_scheme
@@ -352,3 +353,36 @@ def test_either_way_of_adding_up_gives_the_same_draws(scheme, monkeypatch):
     monkeypatch.setitem(backward.OPERATIONS_A_BYTE, "float", 0)
     products = probe(base, components, schemes, completions).draws
     np.testing.assert_allclose(products, moved, rtol=1e-4, atol=1e-4 * np.abs(moved).max())
+
+
+def test_memory_that_runs_out_in_the_head_halves_the_batch(monkeypatch):
+    base = runs.model()
+    components = find_components(base.network, include=["*"])
+    completions = complete(base, runs.prompts(4), new_tokens=5)
+    expected = probe(base, components, [parse_scheme("int8")], completions, batch_size=4)
+    own, calls = labels_module.draw_labels, []
+
+    def short(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(*arguments)
+
+    monkeypatch.setattr(labels_module, "draw_labels", short)
+    found = probe(base, components, [parse_scheme("int8")], completions, batch_size=4)
+    assert found.batch_size == 2
+    np.testing.assert_allclose(found.draws, expected.draws, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_each_change_is_made_once(monkeypatch, batch_size):
+    base = runs.model()
+    components = find_components(base.network, include=["lm_head", "*.0.mlp.*"])
+    schemes = [parse_scheme(f"int{bits}") for bits in (3, 4, 5, 6)]
+    completions = complete(base, runs.prompts(4), new_tokens=5)
+    made = []
+    own = changes_module._change
+    monkeypatch.setattr(changes_module, "_change", lambda *a: made.append(1) or own(*a))
+    monkeypatch.setattr(labels_module, "chunk_tokens", lambda *_: 4)
+    probe(base, components, schemes, completions, batch_size=batch_size)
+    assert len(made) == len(components) * len(schemes)

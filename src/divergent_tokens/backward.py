@@ -84,6 +84,14 @@ class Sums:
         found: NDArray[np.float32] = self._found.permute(1, 2, 3, 0).cpu().numpy()
         return found
 
+    def check_all_met(self) -> None:
+        """Raise ModelError for a component of the layers whose changes met no gradient."""
+        for i, component in enumerate(self.components):
+            if not component.is_end and not self.changes.was_made(i):
+                raise ModelError(
+                    f"{component.name} met no gradient while layers ran compiled; give --no-compile"
+                )
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Every component's inputs and output gradients come by here; the hooks go away again."""
@@ -188,7 +196,8 @@ class Sums:
     def _add_products(
         self, i: int, x: Tensor, delta: Tensor, activations: Activations | None, schemes: list[int]
     ) -> None:
-        changes = torch.stack([self.changes.of(i)[j] for j in schemes])  # [scheme, out, in]
+        every = self.changes.of(i)
+        changes = torch.stack([every[j] for j in schemes])  # [scheme, out, in]
         n = max(1, PRODUCT_BYTES // (4 * changes[0].numel()))
         for a in range(0, len(x), n):
             part, gradient = x[a : a + n], delta[a : a + n]

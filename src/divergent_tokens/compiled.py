@@ -34,13 +34,18 @@ def compiling_pays(network: PreTrainedModel, operations: float) -> bool:
 
     On a CPU it should not: products take nearly all of the time there.
     """
-    able = bool(getattr(network, "_can_compile_fullgraph", False))
-    pays = (
-        able
-        and network.device.type == "cuda"
-        and operations > LONG_WORK.get(network.dtype.itemsize, 1e16)
-    )
-    return pays and compiler_works(network.device)
+    able = bool(getattr(network, "_can_compile_fullgraph", False)) and can_compile(network)
+    long = operations > LONG_WORK.get(network.dtype.itemsize, LONG_WORK[2])
+    return able and network.device.type == "cuda" and long and compiler_works(network.device)
+
+
+def can_compile(network: PreTrainedModel) -> bool:
+    """Whether the layers run the forwards of their classes.
+
+    Those that others put there (accelerate moves weights and inputs in its own) are not compiled.
+    """
+    layers = decoder_layers(network)[1]
+    return not any("forward" in vars(m) for layer in layers for m in layer.modules())
 
 
 @contextmanager

@@ -66,15 +66,17 @@ def _head_gradients(
     found = hidden.new_zeros((sums.n_draws, *hidden.shape))
     with torch.no_grad():
         n = max(1, chunk_tokens(head, hidden) // 2)  # what is drawn from is in float64
-    for a in range(0, len(hidden), n):
-        part = hidden[a : a + n].clone().requires_grad_(True)
-        sums.head_rows = torch.from_numpy(rows[a : a + n]).to(hidden.device)
-        logps = head.logits(part).log_softmax(-1)
-        labels = draw_labels(logps.detach().exp(), uniforms[:, a : a + n])
-        for draw in range(sums.n_draws):
-            sums.draw = draw
-            own = logps.gather(-1, labels[draw, :, None]).sum()
-            last = draw == sums.n_draws - 1
-            (found[draw, a : a + n],) = torch.autograd.grad(own, part, retain_graph=not last)
-    sums.head_rows = None
+    try:
+        for a in range(0, len(hidden), n):
+            part = hidden[a : a + n].clone().requires_grad_(True)
+            sums.head_rows = torch.from_numpy(rows[a : a + n]).to(hidden.device)
+            logps = head.logits(part).log_softmax(-1)
+            labels = draw_labels(logps.detach().exp(), uniforms[:, a : a + n])
+            for draw in range(sums.n_draws):
+                sums.draw = draw
+                own = logps.gather(-1, labels[draw, :, None]).sum()
+                last = draw == sums.n_draws - 1
+                (found[draw, a : a + n],) = torch.autograd.grad(own, part, retain_graph=not last)
+    finally:  # also where memory runs out: the layers come next
+        sums.head_rows = None
     return found

@@ -168,7 +168,7 @@ def load_model(
     fingerprint, folder = _dense_copy(path, reference, cache)
     try:
         config = AutoConfig.from_pretrained(folder)
-        placed = _placement(config, spread, precision, max_memory)
+        placed = _placement(config, spread, precision, max_memory, reference)
         network = _load_network(folder, reference, dtype=precision, **placed)
         tokenizer = _load_tokenizer(folder, reference)
     except ModelError as error:
@@ -269,7 +269,9 @@ def _load_folder(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=None if allow_pickle else True,
-        **_placement(config, devices, dtype, max_memory),
+        **_placement(
+            config, devices, dtype, max_memory, reference, trust_remote_code=trust_remote_code
+        ),
     )
     if trust_remote_code:
         files += tuple(sorted(folder.glob("*.py")))  # code of its own is part of what it computes
@@ -391,6 +393,9 @@ def _placement(
     devices: Sequence[torch.device],
     dtype: str | torch.dtype,
     max_memory: int | None,
+    reference: str,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """from_pretrained's arguments that load straight to where the weights shall be."""
     first = devices[0]
@@ -404,8 +409,9 @@ def _placement(
         )
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     running = dtype if isinstance(dtype, torch.dtype) else stored
-    with quietly(), torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    make: Any = AutoModelForCausalLM.from_config
+    with loading(reference, "config"), torch.device("meta"):
+        outline = make(config, trust_remote_code=trust_remote_code)
     outline.tie_weights()
     found = placement(outline, devices, dtype=running, max_memory=max_memory)
     return whole if found is None else {"device_map": found}

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import PrefixedDataset, get_max_memory
+from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -105,6 +106,7 @@ class StoredWeights(Mapping[str, Tensor]):
 def pin_weights(network: nn.Module) -> None:
     """Weights that wait in CPU memory wait in page-locked memory, from where copies are faster."""
     pinned: set[int] = set()
+    room = SHARE_OF_CPU * psutil.virtual_memory().available
     for module in network.modules():
         hook = _offloading(module)
         weights = None if hook is None else hook.weights_map
@@ -115,8 +117,10 @@ def pin_weights(network: nn.Module) -> None:
             continue
         pinned.add(id(held))
         for name, tensor in held.items():
-            if tensor.device.type == "cpu" and not tensor.is_pinned():
+            taken = 1 << (tensor.nbytes - 1).bit_length()  # torch's allocator rounds up
+            if tensor.device.type == "cpu" and not tensor.is_pinned() and taken < room:
                 held[name] = tensor.pin_memory()
+                room -= taken - tensor.nbytes  # the other copy goes
 
 
 def placement(
@@ -135,29 +139,41 @@ def placement(
     name, layers = decoder_layers(outline)
     sizes = [_n_bytes(layer, dtype) for layer in layers]
     ends = _n_bytes(outline, dtype) - sum(sizes)
-    rooms: dict[torch.device | str, int] = {device: _room(device, max_memory) for device in devices}
     first = devices[0]
-    if max_memory is None and ends + sum(sizes) <= rooms[first]:
-        return None
+    if ends + sum(sizes) <= _room(first, max_memory):
+        return None  # the others are not even asked
     widest = max(sizes)
+    rooms = {device: _room(device, max_memory) for device in devices}
     if ends + widest > rooms[first]:
         raise ModelError(
             f"embeddings, head and one layer need {(ends + widest) / 2**20:.1f} MiB on {first}, "
             f"and {rooms[first] / 2**20:.1f} MiB are there for weights; give it more "
             "(--max-memory), or take another --device"
         )
-    rooms[first] -= ends + widest  # a layer that is read from elsewhere needs room too
-    if first.type != "cpu":
-        free = get_max_memory()["cpu"]
-        rooms[torch.device("cpu")] = int(SHARE_OF_CPU * free)
+    rooms[first] -= ends
+    places = _filled(sizes, rooms)
+    if "disk" in places:  # not all fit, and a layer that is read from elsewhere needs room too
+        rooms[first] -= widest
+        if first.type != "cpu":
+            rooms[torch.device("cpu")] = _room(torch.device("cpu"), None)
+        places = _filled(sizes, rooms)
     found: dict[str, Any] = {part: _named(first) for part, _ in _outside(outline, name)}
-    places = iter(rooms.items())
-    place, room = next(places)
-    for i, size in enumerate(sizes):
-        while place != "disk" and size > room:
-            place, room = next(places, ("disk", 0))
-        room -= size
-        found[f"{name}.{i}"] = _named(place)
+    return found | {f"{name}.{i}": _named(place) for i, place in enumerate(places)}
+
+
+def _filled(sizes: Sequence[int], rooms: Mapping[torch.device, int]) -> list[torch.device | str]:
+    """Where each layer goes: one place after the other is filled, and the rest is on disk."""
+    found: list[torch.device | str] = []
+    left = list(rooms.items())
+    for size in sizes:
+        while left and size > left[0][1]:
+            del left[0]
+        if not left:
+            found.append("disk")
+            continue
+        place, room = left[0]
+        left[0] = (place, room - size)
+        found.append(place)
     return found
 
 
@@ -196,7 +212,7 @@ def _room(device: torch.device, max_memory: int | None) -> int:
         return max_memory
     if device.type == "cuda":
         return int(SHARE_FOR_WEIGHTS * torch.cuda.mem_get_info(device)[0])
-    return int(SHARE_OF_CPU * get_max_memory()["cpu"])
+    return int(SHARE_OF_CPU * psutil.virtual_memory().available)
 
 
 class _Changed(Mapping[str, Tensor]):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from divergent_tokens.backward import Sums, only_linear
 from divergent_tokens.compiled import (
+    can_compile,
     compiled_layers,
     compiled_norms,
     compiler_works,
@@ -87,14 +88,15 @@ def probe(
     and the number of the draw alone.
 
     Raises SchemeError where a scheme does not fit a component, and ModelError where a component
-    does not see all tokens of a prompt in order, or its experts cannot be run one by one.
+    does not see all tokens of a prompt in order, its experts cannot be run one by one, or layers
+    that wait outside the device hand on more than hidden states.
     """
     for scheme in schemes:
         scheme.check(components)
     head = find_head(base.network)
     if compiled is None:
         compiled = compiling_pays(base.network, _operations(base, len(schemes), completions))
-    compiled = compiled and compiler_works(base.device)
+    compiled = compiled and can_compile(base.network) and compiler_works(base.device)
     compiles_layers = compiled and only_linear(base.network, components)
     size = BatchSize(batch_size or _first_batch(base, completions, compiles_layers))
     if any(c.expert is not None and c.stack_index is None for c in components):
@@ -114,7 +116,6 @@ def probe(
     done = 0
     run = partial(_run, base, head, completions, sums, seed)
     if is_offloaded(base.network):
-        compiled = False
         batches = probe_by_layers(base, head, completions, sums, seed, order, size, progress)
     else:
         batches = run_batches(order, size, run)
@@ -124,6 +125,8 @@ def probe(
             draws[:, :, list(batch)] = found
             done += len(batch)
             progress("probe", done, len(order), "prompts")
+    if compiles_layers:
+        sums.check_all_met()
     return Probe(
         tuple(components),
         tuple(schemes),
@@ -147,7 +150,9 @@ def _first_batch(base: Model, completions: Completions, compiles_layers: bool) -
         widths = math.ceil(widths / len(decoder_layers(base.network)[1]))
     share = SHARE_IF_COMPILED if compiles_layers else 1.0
     longest = int(completions.sequence_lengths.max())
-    room = min(ACTIVATION_BYTES, 0.8 * free_bytes(base.device))
+    # Where layers wait elsewhere, inputs and gradients of all of them are kept beside.
+    room_share = 0.4 if is_offloaded(base.network) else 0.8
+    room = min(ACTIVATION_BYTES, room_share * free_bytes(base.device))
     fitting = max(1, int(room / (longest * widths * base.dtype.itemsize * share)))
     n = len(completions.prompts)
     return math.ceil(n / math.ceil(n / min(MOST_AT_ONCE, fitting)))

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from divergent_tokens.compress.components import Component, weight_of
-from divergent_tokens.errors import SchemeError
+from divergent_tokens.errors import ModelError, SchemeError
 from divergent_tokens.labels import draw_labels
 from divergent_tokens.measure.head import Head, find_head
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.scores import chunk_tokens
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model
+from divergent_tokens.offload import is_offloaded
 
 Criterion = Literal["magnitude", "wanda", "fisher"]
 SMOOTHED = 0.5
@@ -81,6 +82,11 @@ def find_saliencies(
     KL(teacher ‖ model) is part of it.
     """
     check_components(components, criterion)
+    if is_offloaded(model.network):
+        raise ModelError(
+            f"layers of {model.reference} wait outside {model.device}, where weights are not "
+            "pruned; load the model whole: another --device, or a smaller model"
+        )
     rng = np.random.default_rng(seed)
     n = min(n_sequences, len(sequences.ids))
     ids = torch.from_numpy(sequences.ids[rng.permutation(len(sequences.ids))[:n]])
@@ -116,7 +122,11 @@ def _smoothed(fisher: Tensor) -> Tensor:
 
 def _input_norms(model: Model, components: Sequence[Component], ids: Tensor) -> list[Tensor]:
     """‖x‖₂ over all tokens, of each input of each component. [in]"""
-    sums = [torch.zeros(c.shape[1], device=model.device) for c in components]
+    devices = [weight_of(model.network, c).device for c in components]
+    sums = [
+        torch.zeros(c.shape[1], device=device)
+        for c, device in zip(components, devices, strict=True)
+    ]
 
     def add(i: int, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         sums[i] += inputs[0].detach().float().square().flatten(0, -2).sum(0)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from divergent_tokens.compiled import compiled_layers, compiler_works, compiling_pays
-from divergent_tokens.compress.apply import lent_plan
+from divergent_tokens.compiled import can_compile, compiled_layers, compiler_works, compiling_pays
+from divergent_tokens.compress.apply import check_waiting, lent_plan
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.schemes import Scheme
@@ -109,6 +109,8 @@ def sweep(
         )
     for scheme in schemes:
         scheme.check(components)
+    if method == "measure":
+        check_waiting(base.network, components)
     run = _run_keys(base, prompts, new_tokens, ignore_eos, seed)
     sources = {str(scheme): scheme.source for scheme in schemes if scheme.source is not None}
     if sources:
@@ -200,7 +202,8 @@ def _compiles(
     """
     quantizes_inputs = any(scheme.activations is not None for scheme in schemes)
     if resumed is not None and resumed.get("compiled") is not None:
-        if resumed["compiled"] and (quantizes_inputs or not compiler_works(base.device)):
+        able = can_compile(base.network) and compiler_works(base.device)
+        if resumed["compiled"] and (quantizes_inputs or not able):
             why = "schemes that quantize inputs cannot" if quantizes_inputs else "nothing can here"
             raise RecordError(
                 f"the rows of this file were measured with compiled layers, and {why}; give "
@@ -210,7 +213,7 @@ def _compiles(
     if quantizes_inputs:
         return False
     if asked is not None:
-        return asked and compiler_works(base.device)
+        return asked and can_compile(base.network) and compiler_works(base.device)
     n_tokens = int(completions.sequence_lengths.sum())
     return compiling_pays(base.network, n_rows * n_tokens * operations_a_token(base.network) / 2)
 
@@ -405,14 +408,18 @@ def _measure(
     todo = sorted(todo, key=lambda pair: -1 if pair[0].layer is None else pair[0].layer)
     costs = _costs(ground, [component for component, _ in todo])
     before = time.perf_counter()
-    for i, (row, prompt_kl) in enumerate(_rows(ground, todo)):
+    done = 0
+    for rows in _rows(ground, todo):
         now = time.perf_counter()
-        writer.add(dataclasses.replace(row, seconds=now - before), prompt_kl=prompt_kl)
+        for row, prompt_kl in rows:
+            share = (now - before) / len(rows)
+            writer.add(dataclasses.replace(row, seconds=share), prompt_kl=prompt_kl)
         before = now
-        progress("sweep", int(costs[i]), int(costs[-1]), "layers")
+        done += len(rows)
+        progress("sweep", int(costs[done - 1]), int(costs[-1]), "layers")
 
 
-def _rows(ground: _Ground, todo: Todo) -> Iterator[_Row]:
+def _rows(ground: _Ground, todo: Todo) -> Iterator[list[_Row]]:
     """Rows one by one; where weights wait elsewhere, those of a layer as many at once as may be."""
     runs = ground.layer_runs
     together = is_offloaded(ground.base.network) and runs.refusal is None
@@ -421,12 +428,12 @@ def _rows(ground: _Ground, todo: Todo) -> Iterator[_Row]:
         if layer is not None:
             runs.go_to(layer)
         if layer is None or not together:
-            yield from (ground.row(*pair) for pair in pairs)
+            yield from ([ground.row(*pair)] for pair in pairs)
             continue
         hidden_bytes = runs.n_tokens * ground.states.array.shape[1] * ground.base.dtype.itemsize
         n = max(1, VARIANT_BYTES // hidden_bytes)
         for start in range(0, len(pairs), n):
-            yield from ground.rows(layer, pairs[start : start + n])
+            yield list(ground.rows(layer, pairs[start : start + n]))
 
 
 def _floors(ground: _Ground, own: TokenScores, seed: int) -> dict[str, Any]:

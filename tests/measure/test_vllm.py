@@ -1,5 +1,6 @@
 """vLLM itself is not at hand; what it is asked, and what is said without it."""
 
+import dataclasses
 import sys
 import types
 
@@ -10,10 +11,20 @@ from divergent_tokens.errors import ModelError
 from divergent_tokens.measure.completions import complete
 
 
+def named():
+    """The tiny model under the name of a hub's."""
+    return dataclasses.replace(runs.model(), reference="people/tiny")
+
+
+def test_what_vllm_could_not_load_is_said():
+    with pytest.raises(ModelError, match="a folder or a hub id, and llama is neither"):
+        complete(runs.model(), runs.prompts(2), new_tokens=3, by_vllm=True)
+
+
 def test_without_vllm_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModelError, match="pip install vllm, or leave --generate-with out"):
-        complete(runs.model(), runs.prompts(2), new_tokens=3, by_vllm=True)
+        complete(named(), runs.prompts(2), new_tokens=3, by_vllm=True)
 
 
 def test_what_vllm_is_asked(monkeypatch, tmp_path):
@@ -35,7 +46,7 @@ def test_what_vllm_is_asked(monkeypatch, tmp_path):
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, settings
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    model, prompts = runs.model(), runs.prompts(3)
+    model, prompts = named(), runs.prompts(3)
     found = complete(model, prompts, new_tokens=4, ignore_eos=True, by_vllm=True, cache=tmp_path)
     expected = complete(model, prompts, new_tokens=4, ignore_eos=True, cache=tmp_path)
     assert (found.ids == expected.ids).all()

@@ -100,11 +100,7 @@ def _check_parameter(
 ) -> None:
     for component in held:
         component_view(parameter.detach(), component)  # raises if it is another network's component
-    if held[0].is_end and is_offloaded(network):
-        raise ModelError(
-            f"{held[0].name} cannot be changed while layers wait outside the device; exclude it, "
-            "or load the model whole"
-        )
+    check_waiting(network, held)
     ends = cast(Any, network)  # transformers leaves these two methods untyped
     embeddings = (ends.get_input_embeddings(), ends.get_output_embeddings())
     shared = any(getattr(module, "weight", None) is parameter for module in embeddings)
@@ -113,6 +109,19 @@ def _check_parameter(
         raise ModelError(
             f"{inner[0].name} shares its weight with the embeddings or the head, which would "
             "change with it; exclude it"
+        )
+
+
+def check_waiting(network: PreTrainedModel, components: Sequence[Component]) -> None:
+    """Raise ModelError for embeddings or head of a network whose layers wait elsewhere.
+
+    The base's own head could not be kept beside the changed one.
+    """
+    ends = [component.name for component in components if component.is_end]
+    if ends and is_offloaded(network):
+        raise ModelError(
+            f"{ends[0]} cannot be changed while layers wait outside the device; exclude it, or "
+            "load the model whole"
         )
 
 

@@ -61,6 +61,10 @@ class Changes:
         self._kept.clear()
         self._kept_bytes = 0
 
+    def was_made(self, i: int) -> bool:
+        """Whether a component, alone in its parameter, was asked for."""
+        return i in self._errors
+
     def members(self, stack: str, part: str) -> Mapping[int, int]:
         """Expert -> component, of a part (gate_proj, ...) of a stack; empty if none was chosen."""
         return self._experts.get((stack, part), {})
@@ -75,7 +79,7 @@ class Changes:
         made = [self._change(scheme, weight, component, self.dtype) for scheme in self.schemes]
         changes, errors = zip(*made, strict=True)
         self._errors[i] = ([i], list(range(len(made))), torch.stack(errors)[None])
-        return self._keep(i, list(changes))
+        return self._keep(i, list(changes), often=component.is_end)
 
     @torch.no_grad()
     def of_experts(self, stack: str, part: str, j: int) -> Tensor:
@@ -111,9 +115,12 @@ class Changes:
             weights = weights[:, slice(*component.rows)]
         return weights.float()
 
-    def _keep(self, key: int | tuple[str, str, int], changes: list[Tensor]) -> list[Tensor]:
+    def _keep(
+        self, key: int | tuple[str, str, int], changes: list[Tensor], *, often: bool = False
+    ) -> list[Tensor]:
+        """`often`: the head is asked for with every chunk of tokens."""
         n_bytes = sum(change.nbytes for change in changes)
-        if self._kept_bytes + n_bytes <= self._most_bytes:
+        if self._kept_bytes + n_bytes <= (KEPT_BYTES if often else self._most_bytes):
             self._kept[key] = changes
             self._kept_bytes += n_bytes
         return changes

@@ -158,14 +158,14 @@ def _generate_all(
             progress("completions", done + steps * len(batch), total, "tokens")
 
         ids = torch.tensor([prompts.prompts[i].ids for i in batch], device=model.device)
-        way = fastest_way(
-            model, ids, new_tokens=new_tokens, n_steps=n_batches * new_tokens, cache=cache
-        )
+        # The last, smaller batch has another shape.
+        n_steps = new_tokens * (n_batches if len(batch) == size.value else 1)
+        way = fastest_way(model, ids, new_tokens=new_tokens, n_steps=n_steps, cache=cache)
         ways[way] += len(batch)
         return WAYS[way](model.network, ids, new_tokens=new_tokens, eos_ids=ends, on_step=on_step)
 
     for group in _by_length(prompts):
-        n_batches = len(group) // size.value  # the last, smaller one has another shape
+        n_batches = len(group) // size.value
         for batch, written in run_batches(group, size, run):
             for i, row in zip(batch, written, strict=True):
                 rows[i] = row

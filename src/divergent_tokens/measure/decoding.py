@@ -72,6 +72,22 @@ def _all_ended(written: Tensor, ends: Tensor) -> bool:
     return len(ends) > 0 and bool(torch.isin(written, ends).any(1).all())
 
 
+def _captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """The graph of a step, which does not run.
+
+    On its own device, since on another a graph stays empty; and within a stream, so that a capture
+    that fails leaves none behind.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph),
+    ):
+        step()
+    return graph
+
+
 class _Steps:
     """The last token of each sequence, and what it takes to get the next."""
 
@@ -91,9 +107,7 @@ class _Steps:
     def take(self) -> None:
         """One more token for each sequence."""
         if self._graph is None and self._replay and self._n_taken >= EAGER_STEPS:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):  # records, and runs nothing
-                self._advance()
+            self._graph = _captured(self._advance, self.token.device)
         if self._graph is not None:
             self._graph.replay()
         else:

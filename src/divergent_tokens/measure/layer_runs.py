@@ -87,24 +87,27 @@ class LayerRuns:
     @torch.no_grad()
     def hidden_of_each(
         self, layer: int, lent: Sequence[Callable[[], AbstractContextManager[object]]]
-    ) -> list[Batches]:
+    ) -> Iterator[Batches]:
         """As `hidden`, for each of several ways to lend this layer other weights.
 
         All of them pass one layer before the next is at hand: each layer's weights are read once.
         """
         self._check_kept(layer)
         found: list[list[Tensor]] = []
+        n = len(lent) * len(self._ids)
         with at_hand(self._segments.layers[layer]):
             for lend in lent:
                 with lend():
                     pairs = zip(self._ids, self._inputs, strict=True)
-                    found.append([self._kept(self._through(*pair, layer), lent) for pair in pairs])
+                    found.append([self._kept(self._through(*pair, layer), n) for pair in pairs])
         for i in range(layer + 1, len(self._segments.layers)):
             with at_hand(self._segments.layers[i]):
                 for hidden in found:
                     for k, ids in enumerate(self._ids):
-                        hidden[k] = self._kept(self._through(ids, hidden[k], i), lent)
-        return [self._at_completions(hidden) for hidden in found]
+                        hidden[k] = self._kept(self._through(ids, hidden[k], i), n)
+        found.reverse()
+        while found:  # one after the other on the device
+            yield self._at_completions(found.pop())
 
     def _check_kept(self, layer: int) -> None:
         if layer != self.layer or not self._inputs:
@@ -130,5 +133,5 @@ class LayerRuns:
         taken = sum(kept.nbytes for kept in self._inputs if kept.is_cuda)
         return kept_for_later(hidden, len(self._ids), taken)
 
-    def _kept(self, hidden: Tensor, lent: Sequence[object]) -> Tensor:
-        return kept_for_later(hidden, len(lent) * len(self._ids))
+    def _kept(self, hidden: Tensor, n_like_it: int) -> Tensor:
+        return kept_for_later(hidden, n_like_it)

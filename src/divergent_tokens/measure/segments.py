@@ -87,6 +87,8 @@ class Segments:
         """Why layers cannot be left out; None where, on these ids, it is the same bit for bit."""
         try:
             self._check(ids)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a network does not like: full passes always work
             return f"{type(error).__name__}: {error}"
         return None

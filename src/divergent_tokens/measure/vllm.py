@@ -1,7 +1,9 @@
 """Completions written by vLLM, where it is installed and asked for."""
 
 import gc
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from divergent_tokens.errors import ModelError
 from divergent_tokens.models import Model
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARE = 0.9
 """Of the memory that is free beside the base, for vLLM's weights and cache."""
 
@@ -24,8 +27,16 @@ def generate_by_vllm(
 
     vLLM loads the checkpoint again, beside the base, in the base's dtype; its kernels round
     otherwise, so that the base's own argmax differs from its text where two tokens are nearly
-    equal: the noise floor shows it. Raises ModelError where vLLM is not installed.
+    equal: the noise floor shows it. Raises ModelError where vLLM is not installed, and for a model
+    that vLLM could not load by its reference.
     """
+    if not (Path(model.reference).is_dir() or _HUB_ID.fullmatch(model.reference)):
+        raise ModelError(
+            f"vLLM loads a folder or a hub id, and {model.reference} is neither; leave "
+            "--generate-with out"
+        )
+    if model.device.index not in (None, 0):
+        raise ModelError(f"vLLM takes the first GPU, and the base is on {model.device}")
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -46,7 +57,7 @@ def generate_by_vllm(
         temperature=0.0,
         max_tokens=new_tokens,
         stop_token_ids=list(eos_ids),
-        ignore_eos=not eos_ids,
+        ignore_eos=True,  # only the ids given end a text, not the tokenizer's own
         detokenize=False,
     )
     outputs = engine.generate([{"prompt_token_ids": list(row)} for row in prompt_ids], settings)
