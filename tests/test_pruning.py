@@ -328,6 +328,32 @@ def test_a_pattern_is_in_every_matrix(base, tmp_path):
         assert ((groups == 0).sum(1) == 2).all()
 
 
+def test_lifted_masks_let_weights_come_back_before_the_next_cut(base, tmp_path, monkeypatch):
+    seen = []
+    own = Recovery.run
+
+    def watching(self, n_steps, masks, **options):
+        found = own(self, n_steps, masks, **options)
+        zeros = sum(int((p == 0).sum()) for p in self._network.parameters() if p.ndim == 2)
+        seen.append((n_steps, bool(masks), zeros))
+        return found
+
+    monkeypatch.setattr(Recovery, "run", watching)
+    settings = Settings(
+        sparsity=0.5,
+        rounds=2,
+        training=Training(steps=5, batch_size=4, micro_batch=4, learning_rate=1e-3, lifted=True),
+        **TINY,
+    )
+    rows = np.random.default_rng(1).integers(4, 200, (12, 16))
+    record = prune(
+        base, of(base), Sequences(rows, "random"), runs.prompts(4), tmp_path / "out", settings
+    )
+    assert [(n, held) for n, held, _ in seen] == [(5, True), (2, False), (3, True)]
+    assert seen[1][2] < 0.1 * seen[0][2]
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
 def stop_in_round(monkeypatch, number):
     """The next training of this round is interrupted."""
     own = Recovery.run

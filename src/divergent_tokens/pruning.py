@@ -326,22 +326,15 @@ class _Run:
 
     def round(self, number: int, target: float) -> dict[str, Any]:
         """Cut, train, measure."""
-        settings = self.settings
+        steps = self.settings.training.steps
+        if self.settings.training.lifted and self.cut is not None:
+            self.cut = None
+            self._train(number, steps // 2, {}, "masks lifted")
+            steps -= steps // 2
         self._cut_to(target, number)
         assert self.cut is not None
         before = self._ground.metrics(self.model)
-        loss = None
-        name = f"round {number + 1} of {len(self.targets)}, sparsity {self.cut.sparsity:.2f}"
-        if self.recovery is not None:
-            try:
-                loss = self.recovery.run(
-                    settings.training.steps, self.masks, name=name, progress=self._progress
-                )
-            except NotFiniteError as error:
-                raise DivergentTokensError(
-                    f"round {number + 1}: {error}; what was kept of the rounds before is kept "
-                    "still. Give a smaller --lr, or more --rounds"
-                ) from error
+        loss = self._train(number, steps, self.masks, f"sparsity {self.cut.sparsity:.2f}")
         after = before if self.recovery is None else self._ground.metrics(self.model)
         return {
             "round": number + 1,
@@ -355,9 +348,22 @@ class _Run:
             },
         }
 
+    def _train(self, number: int, steps: int, masks: dict[str, Tensor], what: str) -> float | None:
+        """The mean loss; None without training."""
+        if self.recovery is None:
+            return None
+        name = f"round {number + 1} of {len(self.targets)}, {what}"
+        try:
+            return self.recovery.run(steps, masks, name=name, progress=self._progress)
+        except NotFiniteError as error:
+            raise DivergentTokensError(
+                f"round {number + 1}: {error}; what was kept of the rounds before is kept "
+                "still. Give a smaller --lr, or more --rounds"
+            ) from error
+
     def _cut_to(self, target: float, number: int) -> None:
         settings = self.settings
-        moved = self.cut is not None
+        moved = number > 0
         self._progress(f"saliency, round {number + 1}", 0, 1, "")
         found = find_saliencies(
             self.model,

@@ -34,6 +34,9 @@ class Training:
     learning_rate: float = 3e-4
     loss: Loss = "distill"
     """KL(base ‖ model), cross-entropy of the text, or half of each."""
+    lifted: bool = False
+    """Half of a round's steps, before its cut, are taken with the masks lifted: what was cut may
+    come back (AC/DC, Peste et al. 2021)."""
     checkpointing: bool = False
     """Activations are made again in the backward pass."""
 

@@ -105,6 +105,12 @@ def prune(
     loss: Annotated[
         Loss, typer.Option(help="Distillation from the base, cross-entropy, or both.")
     ] = Loss.distill,
+    lift: Annotated[
+        bool,
+        typer.Option(
+            "--lift", help="Half of the steps before each cut with the zeros let go (AC/DC)."
+        ),
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Make activations again in training.")
     ] = False,
@@ -172,6 +178,7 @@ def prune(
             micro_batch=micro_batch or train_batch,
             learning_rate=lr,
             loss=loss.value,
+            lifted=lift,
             checkpointing=checkpointing,
         ),
         new_tokens=new_tokens,
