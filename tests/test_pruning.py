@@ -210,6 +210,12 @@ def test_the_slope_counts_around_a_model_that_moved(base, sequences):
             assert with_slope[i, j] - without[i, j] == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
+def test_embeddings_and_head_are_not_pruned(base, sequences):
+    every = find_components(base.network, include=["*"])
+    with pytest.raises(SchemeError, match="is not pruned: only matrices of the layers"):
+        find_saliencies(base, every, "magnitude", sequences)
+
+
 def test_experts_need_magnitude(sequences):
     model = runs.model("qwen3-moe")
     with pytest.raises(SchemeError, match="exclude them, or take --criterion magnitude"):

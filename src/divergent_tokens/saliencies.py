@@ -52,7 +52,10 @@ class Saliencies:
 
 
 def check_components(components: Sequence[Component], criterion: Criterion) -> None:
-    """Raise SchemeError for what a criterion cannot see."""
+    """Raise SchemeError for what is not pruned, or a criterion cannot see."""
+    ends = [c.name for c in components if c.is_end]
+    if ends:
+        raise SchemeError(f"{ends[0]} is not pruned: only matrices of the layers are; exclude it")
     stacked = [c.name for c in components if c.expert is not None]
     if stacked and criterion != "magnitude":
         raise SchemeError(
