@@ -154,7 +154,7 @@ def slow_gradients(model, components, ids, seed):
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt"])
 def test_gradients_are_those_of_the_weights(architecture, sequences):
     model = runs.model(architecture)
     components = of(model)
@@ -246,6 +246,51 @@ def test_zeros_stay_through_steps_and_weights_move(base, sequences):
         if name in masks:
             assert (parameter[~masks[name]] == 0).all()
             assert not torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_an_untouched_model_has_nothing_to_learn_and_stays_as_it_computes(architecture, sequences):
+    model = runs.model(architecture)
+    network = runs.changed(model, lambda n: n).network
+    training = Training(batch_size=4, micro_batch=4, learning_rate=0.0)
+    recovery = Recovery(network, model.network, sequences, training, total_steps=9, seed=0)
+    assert recovery.run(2, {}) == pytest.approx(0.0, abs=1e-5)  # no dropout
+    assert "forward" not in vars(network)
+    assert not network.training
+
+
+def test_gradients_that_are_no_numbers_stop_before_the_step(base, sequences, monkeypatch):
+    network = runs.changed(base, lambda n: n).network
+    training = Training(batch_size=4, micro_batch=4)
+    recovery = Recovery(network, base.network, sequences, training, total_steps=9, seed=0)
+    network.lm_head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(recover.NotFiniteError, match="gradients are not finite at step 1"):
+        recovery.run(1, {})
+    assert all(bool(p.isfinite().all()) and p.grad is None for p in network.parameters())
+
+
+def test_the_papers_rule_ends_where_it_was_asked_to(base, tmp_path):
+    record = run(base, tmp_path, rounds=8, steps=0, criterion="magnitude", allocate="fdt-threshold")
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_experts_are_cut_alike_and_not_by_kl(tmp_path):
+    model = runs.model("qwen3-moe")
+    with pytest.raises(SchemeError, match="allotted by kl, needs what goes into each matrix"):
+        run(model, tmp_path, criterion="magnitude", allocate="kl")
+    record = run(model, tmp_path, rounds=1, steps=0, criterion="magnitude", allocate="uniform")
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt-oss"])
+def test_a_pattern_fits_transposed_storage(architecture, tmp_path):
+    model = runs.model(architecture)
+    options = {"criterion": "magnitude", "allocate": "uniform", "pattern": (2, 4)}
+    run(model, tmp_path, rounds=1, steps=0, **options)
+    loaded = load_model(tmp_path / "out", device="cpu")
+    for component in of(loaded):
+        groups = weight_of(loaded.network, component).reshape(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all()
 
 
 def test_parts_of_a_batch_are_the_batch(base, sequences):
@@ -414,6 +459,12 @@ def test_bad_settings_are_said(base, tmp_path):
         Settings(sparsity=1.5)
     with pytest.raises(SchemeError, match="take --criterion fisher, or --allocate kl"):
         Settings(sparsity=0.5, criterion="wanda")
+    with pytest.raises(SchemeError, match=r"knows no level beyond 0\.99"):
+        Settings(sparsity=0.995, criterion="wanda", allocate="kl")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    with pytest.raises(RecordError, match="holds no pruned model of ours"):
+        run(base, tmp_path, "theirs")
     with pytest.raises(SchemeError, match="which 5 does not divide"):
         run(base, tmp_path, rounds=1, pattern=(2, 5))
     sparse = runs.changed(base, lambda n: [p.zero_() for p in n.parameters() if p.ndim == 2])

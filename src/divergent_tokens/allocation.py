@@ -124,7 +124,8 @@ def _shares(
     assert fdt is not None
     if allocate == "fdt":
         return _least(fdt[:, :1] - fdt, components, sparsity, before)
-    return _above_threshold(fdt, components, sparsity)
+    floors = [0.0] * len(components) if before is None else before.sparsities
+    return _above_threshold(fdt, components, sparsity, np.array(floors))
 
 
 def _spared(components: Sequence[Component], sparsity: float) -> list[float]:
@@ -163,21 +164,29 @@ def _least(
 
 
 def _above_threshold(
-    fdt: NDArray[np.float64], components: Sequence[Component], sparsity: float
+    fdt: NDArray[np.float64],
+    components: Sequence[Component],
+    sparsity: float,
+    floors: NDArray[np.float64],
 ) -> list[float]:
-    """The highest level up to which a component's FDT stays at a threshold or above it."""
+    """The highest level up to which a component's FDT stays at a threshold or above it.
+
+    None below what is gone already. Levels are steps, so that the last ones are taken in part.
+    """
     sizes = np.array([c.n_parameters for c in components], dtype=np.float64)
     lowest_so_far = np.minimum.accumulate(fdt, 1)  # [component, level]
     levels = np.array(LEVELS)
 
     def shares(threshold: float) -> NDArray[np.float64]:
         found: NDArray[np.float64] = levels[np.maximum((lowest_so_far >= threshold).sum(1) - 1, 0)]
-        return found
+        return np.maximum(found, floors)
 
     thresholds = np.unique(lowest_so_far)[::-1]  # from the one that allows the least
     for threshold in thresholds:
         found = shares(float(threshold))
         if (found * sizes).sum() >= sparsity * sizes.sum():
             break
-    excess = (found * sizes).sum() / (sparsity * sizes.sum())  # levels are steps
-    return [float(share) for share in (found / excess if excess > 1 else found)]
+    wanted = sparsity * sizes.sum() - (floors * sizes).sum()
+    risen = ((found - floors) * sizes).sum()
+    part = min(1.0, max(0.0, wanted / risen)) if risen > 0 else 1.0
+    return [float(share) for share in floors + part * (found - floors)]

@@ -1,6 +1,7 @@
 """Pruning in rounds: look what matters, cut, train what is left, measure; each round is kept."""
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -74,6 +75,12 @@ class Settings:
                 f"--allocate global compares weights of different matrices, and {self.criterion} "
                 "has another unit in each; take --criterion fisher, or --allocate kl"
             )
+        by_levels = ("kl", *MEASURED)
+        if self.allocate in by_levels and self.pattern is None and self.sparsity > LEVELS[-1]:
+            raise SchemeError(
+                f"--allocate {self.allocate} knows no level beyond {LEVELS[-1]}, and a sparsity of "
+                f"{self.sparsity} was asked for; take another allocation, or a lower sparsity"
+            )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
 
@@ -97,6 +104,7 @@ def prune(
     *,
     text: str | None = None,
     batch_size: int | None = None,
+    overwrite: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
     command: Sequence[str] = (),
@@ -107,11 +115,17 @@ def prune(
     prompts, PPL on the text. The base's network is not changed. Rounds are kept beside `out` until
     it is there, so that a pruning that was stopped goes on.
 
-    Raises SchemeError where a criterion or pattern does not fit a component or the base is sparser
-    already, RecordError where kept rounds are of another run, and DivergentTokensError for a loss
-    that is no number: the last good round stays kept.
+    Raises RecordError where `out` holds anything, unless it is a pruned model and to be
+    overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
+    does not fit a component or the base is sparser already; DivergentTokensError for a loss that is
+    no number: the last good round stays kept.
     """
-    check_components(components, settings.criterion)
+    out = out.resolve()
+    check_folder(out, overwrite=overwrite)
+    if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
+        raise RecordError(f"{out} is the base itself; write to another folder")
+    by_kl = settings.allocate == "kl" and settings.pattern is None
+    check_components(components, settings.criterion, with_harm=by_kl)
     _check_pattern(components, settings.pattern)
     _check_target(base, components, settings.sparsity)
     ground = _Ground.of(base, prompts, settings, text, batch_size, cache, progress)
@@ -158,6 +172,19 @@ def prune(
     _write(out, model, record)
     kept.clear()
     return record
+
+
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """RecordError where something would be replaced that this did not write, or nobody asked."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RECORD).is_file():
+        raise RecordError(f"{out} exists and holds no pruned model of ours; name another folder")
+    if not overwrite:
+        raise RecordError(
+            f"{out} holds a pruned model already; give --overwrite to replace it, or name another "
+            "folder"
+        )
 
 
 def _check_pattern(components: Sequence[Component], pattern: tuple[int, int] | None) -> None:
@@ -321,7 +348,7 @@ class _Run:
             "components": [component.name for component in self.components],
             "data": self.sequences.digest,
             "prompts": prompts.digest,
-            "text": None if text is None else len(text),
+            "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
         }
 
     def round(self, number: int, target: float) -> dict[str, Any]:
@@ -473,7 +500,10 @@ class _Rounds:
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
         run.cut = Cut(
-            tuple(tensors[f"mask.{c.name}"].bool().to(run.model.device) for c in run.components)
+            tuple(
+                tensors[f"mask.{c.name}"].bool().to(weight_of(network, c).device)
+                for c in run.components
+            )
         )
         run._set_masks()
         if run.recovery is not None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -28,7 +27,7 @@ class Training:
     steps: int = 200
     """Of each round; 0: none."""
     batch_size: int = 16
-    """Sequences of a step, on all devices together."""
+    """Sequences of a step."""
     micro_batch: int = 16
     """Sequences at once; gradients of a step's are added up."""
     learning_rate: float = 3e-4
@@ -63,12 +62,13 @@ class Recovery:
         seed: int,
     ) -> None:
         """All parameters are trained; on a GPU in bfloat16 autocast, weights in float32."""
-        on_gpu = network.device.type == "cuda"
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu, device_placement=False
-        )
         self._training, self._total, self._seed = training, total_steps, seed
         self._sequences, self._teacher = torch.from_numpy(sequences.ids), teacher
+        if training.steps and network.dtype != torch.float32:
+            raise DivergentTokensError(
+                f"weights of {network.dtype} would not move by small steps; train in float32 "
+                "(--dtype float32; on a GPU products are in bfloat16 all the same)"
+            )
         network.requires_grad_(True)
         if training.checkpointing:
             network.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
@@ -76,8 +76,9 @@ class Recovery:
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
         )
+        # accelerate would leave its autocast in the network's forward, and so in all measurements.
         self._network: Any = network
-        self._wrapped, self._optimizer = self.accelerator.prepare(network, optimizer)
+        self._optimizer = optimizer
         self.step = 0
         """Steps that were taken, of all rounds."""
 
@@ -93,12 +94,17 @@ class Recovery:
 
         Raises NotFiniteError at the first loss that is no number.
         """
-        self._network.train()
         losses = []
-        for done in range(n_steps):
-            losses.append(self._take_step(masks))
-            progress(name, done + 1, n_steps, f"steps, loss {losses[-1]:.3f}")
-        self._network.eval()
+        # Without dropout, which would be noise against the base's own distribution; layers make
+        # activations again in training mode only.
+        self._network.train(self._training.checkpointing)
+        try:
+            for done in range(n_steps):
+                losses.append(self._take_step(masks))
+                progress(name, done + 1, n_steps, f"steps, loss {losses[-1]:.3f}")
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._network.eval()
         return float(np.mean(losses)) if losses else float("nan")
 
     def _take_step(self, masks: Mapping[str, Tensor]) -> float:
@@ -111,9 +117,11 @@ class Recovery:
             loss = self._loss(part) * (len(part) / len(ids))
             if not bool(torch.isfinite(loss)):
                 raise NotFiniteError(f"the loss is {float(loss.detach())} at step {self.step + 1}")
-            self.accelerator.backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        self.accelerator.clip_grad_norm_(self._network.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self._network.parameters(), 1.0)
+        if not bool(torch.isfinite(norm)):
+            raise NotFiniteError(f"gradients are not finite at step {self.step + 1}")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         hold(self._network, masks)
@@ -126,16 +134,16 @@ class Recovery:
         return self._training.learning_rate * warm * (0.95 * falling + 0.05)
 
     def _drawn(self) -> Tensor:
-        """This process's sequences of a step [sequence, token]; they depend on seed and step."""
+        """A step's sequences [sequence, token]; they depend on seed and step."""
         rng = np.random.default_rng([self._seed, self.step])
         rows = rng.integers(0, len(self._sequences), self._training.batch_size)
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        return self._sequences[own].to(self._network.device)
+        return self._sequences[rows].to(self._network.device)
 
     def _loss(self, ids: Tensor) -> Tensor:
         kind = self._training.loss
-        with self.accelerator.autocast():
-            logits: Tensor = self._wrapped(input_ids=ids, use_cache=False).logits
+        on_gpu = ids.device.type == "cuda"
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu):
+            logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
             logps = logits[:, :-1].float().log_softmax(-1)
             loss = logps.new_zeros(())
             if kind != "ce":

@@ -51,16 +51,19 @@ class Saliencies:
     """KL in nats per token by `LEVELS`, second order, by the gradients; [component, level]"""
 
 
-def check_components(components: Sequence[Component], criterion: Criterion) -> None:
+def check_components(
+    components: Sequence[Component], criterion: Criterion, *, with_harm: bool = False
+) -> None:
     """Raise SchemeError for what is not pruned, or a criterion cannot see."""
     ends = [c.name for c in components if c.is_end]
     if ends:
         raise SchemeError(f"{ends[0]} is not pruned: only matrices of the layers are; exclude it")
     stacked = [c.name for c in components if c.expert is not None]
-    if stacked and criterion != "magnitude":
+    if stacked and (criterion != "magnitude" or with_harm):
         raise SchemeError(
-            f"{criterion} needs what goes into each matrix, and experts ({stacked[0]}) see some "
-            "tokens only; exclude them, or take --criterion magnitude"
+            f"{criterion}{', allotted by kl,' if with_harm else ''} needs what goes into each "
+            f"matrix, and experts ({stacked[0]}) see some tokens only; exclude them, or take "
+            "--criterion magnitude --allocate uniform"
         )
 
 
@@ -84,7 +87,7 @@ def find_saliencies(
     every criterion; with a `teacher`, from which the model has moved, the slope of
     KL(teacher ‖ model) is part of it.
     """
-    check_components(components, criterion)
+    check_components(components, criterion, with_harm=with_harm)
     if is_offloaded(model.network):
         raise ModelError(
             f"layers of {model.reference} wait outside {model.device}, where weights are not "
@@ -223,9 +226,11 @@ def _gradients(
     """
     head = find_head(model.network)
     generator = torch.Generator().manual_seed(seed)
-    with _watching(model, components, meet) as start:
+    shape: list[int] = []
+    with _watching(model, components, meet, shape) as start:
         for done, batch in enumerate(torch.split(ids, BATCH)):
             own = batch.to(model.device)
+            shape[:] = own.shape
             uniforms = torch.rand(own[:, 1:].numel(), generator=generator, dtype=torch.float64)
             with torch.enable_grad():
                 hidden = head.hidden(own)[:, :-1].flatten(0, 1)
@@ -263,9 +268,12 @@ def _at_hidden(
 
 @contextmanager
 def _watching(
-    model: Model, components: Sequence[Component], meet: Meet
+    model: Model, components: Sequence[Component], meet: Meet, shape: Sequence[int]
 ) -> Iterator[Callable[[], Tensor]]:
-    """Components' products meet their gradients; what is yielded gives where the graph starts."""
+    """Components' products meet their gradients; what is yielded gives where the graph starts.
+
+    `shape` holds how many sequences a batch has, and tokens each.
+    """
     leaves: list[Tensor] = []
 
     def at_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -280,8 +288,13 @@ def _watching(
             output.register_hook(partial(meet_with, i, x))  # type: ignore[no-untyped-call]
 
     def meet_with(i: int, x: Tensor, delta: Tensor) -> None:
-        left = delta.float().view(len(x), -1, delta.shape[-1]).transpose(1, 2)
-        meet(i, torch.bmm(left, x.float().view(len(x), -1, x.shape[-1])))
+        if x.shape[:-1].numel() != shape[0] * shape[1]:
+            raise SchemeError(
+                f"{components[i].name} does not see every token, so that its gradients cannot be "
+                "told apart by sequence; exclude it"
+            )
+        left = delta.float().reshape(shape[0], -1, delta.shape[-1]).transpose(1, 2)
+        meet(i, torch.bmm(left, x.float().reshape(shape[0], -1, x.shape[-1])))
 
     network: Any = model.network
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8, PerToken
 from divergent_tokens.compress.prune import prune_magnitude
 from divergent_tokens.compress.quantize import dequantize, quantize
-from divergent_tokens.compress.schemes import Magnitude, Scheme, parse_scheme
+from divergent_tokens.compress.schemes import Magnitude, MagnitudePattern, Scheme, parse_scheme
 from divergent_tokens.errors import SchemeError
 
 
@@ -32,6 +32,7 @@ def _component(
         ("int4:g64:asym", (AbsMax(4, 64, symmetric=False),)),
         ("int3:asym", (AbsMax(3, "channel", symmetric=False),)),
         ("magnitude:0.5", (Magnitude(0.5),)),
+        ("magnitude:2:4", (MagnitudePattern(2, 4),)),
         ("magnitude:0.5+int4:g64", (Magnitude(0.5), AbsMax(4, 64))),
         ("w8a8", (W8A8(),)),
         ("fp8", (Fp8(),)),
@@ -211,3 +212,18 @@ def test_groups_that_do_not_divide_name_those_that_do() -> None:
     with pytest.raises(SchemeError, match="none from 8 up"):
         parse_scheme("magnitude:0.5+int4:g8").check([_component(8, 7)])
     parse_scheme("magnitude:0.5+int4:tensor").check([_component(8, 7)])
+
+
+def test_two_of_four_neighbours_stay():
+    weight = torch.randn(6, 16, dtype=torch.bfloat16)
+    found = parse_scheme("magnitude:2:4").compress(weight, _component(6, 16))
+    assert ((found.view(-1, 4) == 0).sum(1) == 2).all()
+    kept = found != 0
+    assert torch.equal(found[kept], weight[kept])
+    lost = weight.masked_fill(kept, 0).abs().view(-1, 4).amax(1)
+    stayed = found.abs().view(-1, 4).masked_fill(found.view(-1, 4) == 0, torch.inf).amin(1)
+    assert (lost <= stayed).all()
+    with pytest.raises(SchemeError, match="which 4 does not divide"):
+        parse_scheme("magnitude:2:4").check([_component(6, 18)])
+    with pytest.raises(SchemeError, match="'4:2' is no pattern of pruning"):
+        parse_scheme("magnitude:4:2")

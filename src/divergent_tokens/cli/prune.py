@@ -151,19 +151,19 @@ def prune(
     """
     if (sparsity is None) == (pattern is None):
         raise DivergentTokensError("give either --sparsity 0.75 or --pattern 2:4")
-    _check_out(out, overwrite=overwrite)
 
     from divergent_tokens.compress.components import find_components
     from divergent_tokens.compress.prune import parse_pattern
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
     from divergent_tokens.measure.sequences import read_sequences
-    from divergent_tokens.pruning import Settings
+    from divergent_tokens.pruning import Settings, check_folder
     from divergent_tokens.pruning import prune as prune_in_rounds
     from divergent_tokens.recover import Training
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
+    check_folder(out.resolve(), overwrite=overwrite)
     n_of_m = parse_pattern(pattern) if pattern else None
     by_default = Allocate.threshold if criterion is Criterion.fisher else Allocate.kl
     settings = Settings(
@@ -226,26 +226,12 @@ def prune(
             settings,
             text=given_text,
             batch_size=batch_size,
+            overwrite=overwrite,
             cache=cache,
             progress=progress,
             command=["dtm", *sys.argv[1:]],
         )
     _print({**record, "folder": str(out)}, format)
-
-
-def _check_out(out: Path, *, overwrite: bool) -> None:
-    """Nothing is replaced but what this command wrote, and that only if asked."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "pruning.json").is_file():
-        raise DivergentTokensError(
-            f"--out {out} exists and holds no pruned model of ours; name another folder"
-        )
-    if not overwrite:
-        raise DivergentTokensError(
-            f"--out {out} holds a pruned model already; give --overwrite to replace it, or name "
-            "another folder"
-        )
 
 
 def _print(record: dict[str, Any], format: Format) -> None:

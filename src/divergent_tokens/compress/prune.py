@@ -41,7 +41,7 @@ def rows_mask(saliency: Tensor, share: float) -> Tensor:
 
 def n_of_m_mask(saliency: Tensor, n: int, m: int) -> Tensor:
     """Which stay: the n of greatest saliency in each m neighbours of a row; m divides the row."""
-    groups = saliency.view(-1, m)
+    groups = saliency.reshape(-1, m)  # storage may be transposed
     lowest = groups.argsort(dim=1, stable=True)[:, : m - n]
     kept = torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False)
     return kept.view(saliency.shape)

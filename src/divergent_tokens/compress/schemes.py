@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from divergent_tokens.compress.absmax import parse_absmax
@@ -20,7 +21,7 @@ from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
 from divergent_tokens.compress.gptq import Codes, Gptq, parse_gptq
 from divergent_tokens.compress.llm_int8 import LlmInt8
 from divergent_tokens.compress.packed import Packed
-from divergent_tokens.compress.prune import prune_magnitude
+from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, prune_magnitude
 from divergent_tokens.errors import SchemeError
 
 
@@ -181,6 +182,46 @@ class Magnitude:
         return size_before
 
 
+@dataclass(frozen=True)
+class MagnitudePattern:
+    """`magnitude:2:4`: the largest 2 of each 4 neighbours of a row stay, the others are zero."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        """The canonical text."""
+        return f"magnitude:{self.n}:{self.m}"
+
+    def check(self, components: Sequence[Component]) -> None:
+        """Raise SchemeError where m does not divide a component's inputs."""
+        for component in components:
+            if component.shape[1] % self.m:
+                raise SchemeError(
+                    f"{component.name} has {component.shape[1]} inputs, which {self.m} does not "
+                    f"divide; exclude it, or take another pattern than {self}"
+                )
+
+    @property
+    def by_rows(self) -> bool:
+        """True: neighbours lie in one row."""
+        return True
+
+    @property
+    def activations(self) -> Activations | None:
+        """Nothing is done to the inputs."""
+        return None
+
+    def compress(self, weight: Tensor, component: Component) -> Tensor:
+        """The matrix with zeros."""
+        kept = n_of_m_mask(weight.float().abs().contiguous(), self.n, self.m)
+        return torch.where(kept, weight, torch.zeros_like(weight))
+
+    def size_bytes(self, component: Component, size_before: int) -> int:
+        """As before: zeros are stored like any other weight."""
+        return size_before
+
+
 # --- reading ---
 
 
@@ -241,9 +282,12 @@ def _unknown(text: str, whole: str) -> str:
     )
 
 
-def _parse_magnitude(text: str) -> Magnitude:
+def _parse_magnitude(text: str) -> Magnitude | MagnitudePattern:
+    rest = text.partition(":")[2]
+    if ":" in rest:
+        return MagnitudePattern(*parse_pattern(rest))
     try:
-        share = float(text.partition(":")[2])
+        share = float(rest)
     except ValueError:
         share = math.nan
     if not 0 <= share < 1:
@@ -298,7 +342,9 @@ _FAMILIES = (
         _Family(str(step), re.compile(re.escape(str(step))), _only(str(step), step), (str(step),))
         for step in (W8A8(), Fp8(), Fp4("mxfp4"), Fp4("nvfp4"), LlmInt8())
     ),
-    _Family("magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5",)),
+    _Family(
+        "magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5", "magnitude:2:4")
+    ),
     _Family("gptq", re.compile("gptq"), parse_gptq, ("gptq:int4:g64", "gptq:int8")),
     _Family("from", re.compile("from"), _parse_donor, ("from:PATH",)),
 )
