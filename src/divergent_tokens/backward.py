@@ -202,11 +202,11 @@ class Sums:
         for a in range(0, len(x), n):
             part, gradient = x[a : a + n], delta[a : a + n]
             changed = part if activations is None else activations.quantize(part)
-            values = _inner(_outer(gradient, changed), changes)
+            values = _inner(outer(gradient, changed), changes)
             if activations is not None:
                 weight = weight_of(self.base.network, self.components[i]).float()
                 moved = changed.float() - part.float()
-                values = values + _inner(_outer(gradient, moved), weight[None])
+                values = values + _inner(outer(gradient, moved), weight[None])
             self._found[self.draw, i, schemes, a : a + n] += self._here(values)
 
     def _add_rows(self, i: int, x: Tensor, delta: Tensor, prompts: Tensor) -> None:
@@ -283,7 +283,7 @@ def _modules(network: Any, component: Component) -> list[nn.Module]:
     return [module for module in ends if getattr(module, "weight", None) is parameter]
 
 
-def _outer(delta: Tensor, x: Tensor) -> Tensor:
+def outer(delta: Tensor, x: Tensor) -> Tensor:
     """Σ_t δ_t x_tᵀ, float32: [prompt, token, out], [prompt, token, in] -> [prompt, out, in]."""
     left = delta.transpose(1, 2)
     if x.is_cuda and x.dtype == delta.dtype and x.dtype in (torch.bfloat16, torch.float16):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate, Cut, cut
 from divergent_tokens.compress.components import Component, component_view, weight_of
+from divergent_tokens.compress.prune import check_pattern
 from divergent_tokens.errors import DivergentTokensError, RecordError, SchemeError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import compare, divergence_of, versions
@@ -126,7 +127,8 @@ def prune(
         raise RecordError(f"{out} is the base itself; write to another folder")
     by_kl = settings.allocate == "kl" and settings.pattern is None
     check_components(components, settings.criterion, with_harm=by_kl)
-    _check_pattern(components, settings.pattern)
+    if settings.pattern is not None:
+        check_pattern(*settings.pattern, components)
     _check_target(base, components, settings.sparsity)
     ground = _Ground.of(base, prompts, settings, text, batch_size, cache, progress)
     network = copy.deepcopy(base.network)
@@ -185,16 +187,6 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
             f"{out} holds a pruned model already; give --overwrite to replace it, or name another "
             "folder"
         )
-
-
-def _check_pattern(components: Sequence[Component], pattern: tuple[int, int] | None) -> None:
-    for component in components if pattern else ():
-        assert pattern is not None
-        if component.shape[1] % pattern[1]:
-            raise SchemeError(
-                f"{component.name} has {component.shape[1]} inputs, which {pattern[1]} does not "
-                f"divide; exclude it, or take another pattern than {pattern[0]}:{pattern[1]}"
-            )
 
 
 def _check_target(base: Model, components: Sequence[Component], sparsity: float) -> None:

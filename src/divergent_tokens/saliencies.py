@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from divergent_tokens.backward import outer
 from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.errors import ModelError, SchemeError
 from divergent_tokens.labels import draw_labels
@@ -293,8 +294,8 @@ def _watching(
                 f"{components[i].name} does not see every token, so that its gradients cannot be "
                 "told apart by sequence; exclude it"
             )
-        left = delta.float().reshape(shape[0], -1, delta.shape[-1]).transpose(1, 2)
-        meet(i, torch.bmm(left, x.float().reshape(shape[0], -1, x.shape[-1])))
+        left = delta.reshape(shape[0], -1, delta.shape[-1])
+        meet(i, outer(left, x.reshape(shape[0], -1, x.shape[-1])))
 
     network: Any = model.network
     with ExitStack() as stack:

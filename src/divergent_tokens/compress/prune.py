@@ -1,10 +1,12 @@
 """Which weights of a matrix may go: saliencies in, masks of those that stay out."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from divergent_tokens.compress.components import Component
 from divergent_tokens.errors import SchemeError
 
 
@@ -57,6 +59,16 @@ def parse_pattern(text: str) -> tuple[int, int]:
             "smaller, as in 2:4 (two of four neighbours stay)"
         )
     return n, m
+
+
+def check_pattern(n: int, m: int, components: Sequence[Component]) -> None:
+    """Raise SchemeError where m does not divide a component's inputs."""
+    for component in components:
+        if component.shape[1] % m:
+            raise SchemeError(
+                f"{component.name} has {component.shape[1]} inputs, which {m} does not divide; "
+                f"exclude it, or take another pattern than {n}:{m}"
+            )
 
 
 def prune_magnitude(weight: Tensor, share: float) -> Tensor:

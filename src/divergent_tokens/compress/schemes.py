@@ -21,7 +21,12 @@ from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
 from divergent_tokens.compress.gptq import Codes, Gptq, parse_gptq
 from divergent_tokens.compress.llm_int8 import LlmInt8
 from divergent_tokens.compress.packed import Packed
-from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, prune_magnitude
+from divergent_tokens.compress.prune import (
+    check_pattern,
+    n_of_m_mask,
+    parse_pattern,
+    prune_magnitude,
+)
 from divergent_tokens.errors import SchemeError
 
 
@@ -195,12 +200,7 @@ class MagnitudePattern:
 
     def check(self, components: Sequence[Component]) -> None:
         """Raise SchemeError where m does not divide a component's inputs."""
-        for component in components:
-            if component.shape[1] % self.m:
-                raise SchemeError(
-                    f"{component.name} has {component.shape[1]} inputs, which {self.m} does not "
-                    f"divide; exclude it, or take another pattern than {self}"
-                )
+        check_pattern(self.n, self.m, components)
 
     @property
     def by_rows(self) -> bool:
