@@ -119,6 +119,16 @@ def test_the_papers_rule_keeps_every_fdt_above_one_threshold():
     assert found.sparsity == pytest.approx(0.5, abs=0.01)
 
 
+def test_the_papers_rule_counts_what_is_gone_already():
+    fdt = np.tile(np.linspace(100, 1, len(LEVELS)), (3, 1))
+    fdt[0] = 100.0  # the first bears everything
+    values = [torch.rand(20, 20) for _ in range(3)]
+    before = cut(made(*values), "fdt-threshold", 0.4, fdt=fdt)
+    found = cut(made(*values), "fdt-threshold", 0.5, fdt=fdt[::-1].copy(), before=before)
+    assert found.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(b >= a - 1e-6 for a, b in zip(before.sparsities, found.sparsities, strict=True))
+
+
 # --- saliencies ---
 
 
