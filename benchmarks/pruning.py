@@ -35,6 +35,17 @@ def main() -> None:
     text = read_text(arguments.text)
     found: dict[str, Any] = {}
     base_ppl = None
+    sequences_of = {
+        seed: read_sequences(
+            arguments.data,
+            base,
+            length=arguments.length,
+            n_sequences=arguments.n_sequences,
+            seed=seed,
+            cache=arguments.cache,
+        )
+        for seed in arguments.seeds
+    }
     runs = [
         (seed, sparsity, way)
         for seed in arguments.seeds
@@ -42,13 +53,6 @@ def main() -> None:
         for way in arguments.ways
     ]
     for seed, sparsity, way in runs:
-        sequences = read_sequences(
-            arguments.data,
-            base,
-            length=arguments.length,
-            n_sequences=arguments.n_sequences,
-            seed=seed,
-        )
         settings = settings_of(arguments, way, sparsity, seed)
         records: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +61,7 @@ def main() -> None:
 
             def run() -> None:
                 records.append(  # noqa: B023
-                    prune(base, components, sequences, prompts, place, settings, **options)  # noqa: B023
+                    prune(base, components, sequences_of[seed], prompts, place, settings, **options)  # noqa: B023
                 )
 
             seconds = seconds_of(run)
@@ -65,19 +69,25 @@ def main() -> None:
         found[name] = {**kept(records[0]), "seconds": seconds}
         base_ppl = records[0]["base_ppl"]
         show(name, found[name])
-    result = {
-        "base": arguments.base,
-        "base_ppl": base_ppl,
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        "found": found,
-    }
-    print(machine()["device"], "written to", write_result(arguments.name, result, arguments.out))
+        result = {
+            "base": arguments.base,
+            "base_ppl": base_ppl,
+            "settings": {
+                key: getattr(arguments, key)
+                for key in ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
+            },
+            "n_prompts": len(prompts),
+            "n_sequences": len(sequences_of[seed].ids),
+            "length": arguments.length,
+            "found": found,
+        }
+        path = write_result(arguments.name, result, arguments.out)  # what is done is kept
+    print(machine()["device"], "written to", path)
 
 
 def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: int) -> Settings:
-    """`way` is a criterion and an allocation."""
-    criterion, allocate = way.split("/")
+    """`way` is a criterion and an allocation, and `repair` if wanted."""
+    criterion, allocate, *more = way.split("/")
     return Settings(
         sparsity=sparsity,
         rounds=arguments.rounds,
@@ -88,7 +98,11 @@ def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: 
             batch_size=arguments.train_batch,
             micro_batch=arguments.train_batch,
             learning_rate=arguments.lr,
+            lifted=arguments.lift,
+            loss=arguments.loss,
         ),
+        n_saliency=arguments.n_saliency,
+        repair="repair" in more,
         seed=seed,
     )
 
@@ -131,7 +145,7 @@ def show(name: str, one: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", nargs="?", default="demo:smollm2")
-    parser.add_argument("--data", default="self")
+    parser.add_argument("--data", nargs="+", default=["self"])
     parser.add_argument("--prompts", default="builtin")
     parser.add_argument("--text", required=True)
     parser.add_argument("--ways", nargs="+", default=["magnitude/uniform", "fisher/global"])
@@ -145,6 +159,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-sequences", type=int, default=1024)
     parser.add_argument("--train-batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--n-saliency", type=int, default=64)
+    parser.add_argument("--lift", action="store_true")
+    parser.add_argument("--loss", default="distill")
     parser.add_argument("--name", default="pruning")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cache", type=Path, default=default_cache())

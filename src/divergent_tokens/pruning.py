@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate, Cut, cut
+from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
 from divergent_tokens.compress.prune import check_pattern
+from divergent_tokens.compress.repair import repair
 from divergent_tokens.errors import DivergentTokensError, RecordError, SchemeError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import compare, divergence_of, versions
@@ -34,7 +36,12 @@ from divergent_tokens.measure.states import States, base_states
 from divergent_tokens.models import Model
 from divergent_tokens.quiet import quietly
 from divergent_tokens.recover import NotFiniteError, Recovery, Training, hold, schedule
-from divergent_tokens.saliencies import LEVELS, Criterion, check_components, find_saliencies
+from divergent_tokens.saliencies import (
+    LEVELS,
+    Criterion,
+    check_components,
+    find_saliencies,
+)
 from divergent_tokens.store import clear_disk_errors, replacing_file, replacing_folder, write_text
 
 SCHEMA = "divergent-tokens/pruning/1"
@@ -54,6 +61,8 @@ class Settings:
     """n of m neighbours stay; the sparsity is 1 − n / m then, and there is one round."""
     n_saliency: int = 64
     """Sequences that saliencies are seen on."""
+    repair: bool = False
+    """What stays of a matrix makes up for what goes, before it is trained."""
     training: Training = field(default_factory=Training)
     new_tokens: int = 128
     seed: int = 0
@@ -414,7 +423,25 @@ class _Run:
             fdt=fdt,
         )
         self._set_masks()
+        if settings.repair:
+            self._repair(number)
         hold(self.model.network, self.masks)
+
+    def _calibration(self, number: int) -> Calibration:
+        rng = np.random.default_rng([self.settings.seed, number])
+        rows = rng.permutation(len(self.sequences.ids))[: self.settings.n_saliency]
+        return Calibration(
+            tuple(tuple(self.sequences.ids[row].tolist()) for row in rows), self.sequences.source
+        )
+
+    @torch.no_grad()
+    def _repair(self, number: int) -> None:
+        assert self.cut is not None
+        network = self.model.network
+        moments = second_moments(network, self.components, self._calibration(number))
+        for mask, (component, moment) in zip(self.cut.masks, moments, strict=True):
+            weight = weight_of(network, component)
+            weight.copy_(repair(weight, mask, moment))
 
     def _set_masks(self) -> None:
         assert self.cut is not None

@@ -88,12 +88,14 @@ def prune(
         int, typer.Option(min=0, help="Training steps after each cut; 0: none.")
     ] = 200,
     data: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Text to train on, and to see what matters: self, builtin, a file, hf:DATASET.",
+            help="Text to train on, and to see what matters: self, builtin, a file, hf:DATASET; "
+            "given more than once, as much of each.  [default: self]",
+            show_default=False,
         ),
-    ] = "self",
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")] = 256,
     n_sequences: Annotated[int, typer.Option(min=1, help="Training sequences at most.")] = 1024,
     train_batch: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 16,
@@ -198,12 +200,13 @@ def prune(
         )
         components = find_components(model.network, include=include or (), exclude=exclude or ())
         sequences = read_sequences(
-            data,
+            data or ["self"],
             model,
             length=length,
             n_sequences=n_sequences,
             text_field=text_field,
             seed=seed,
+            cache=cache,
         )
         prompt_set = read_prompts(
             prompts,

@@ -1,8 +1,10 @@
 """Sequences of one length, cut from documents: to train on, and to see what weights matter for."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from divergent_tokens.errors import PromptError
 from divergent_tokens.measure.documents import read_documents
 from divergent_tokens.measure.samples import sample_documents
 from divergent_tokens.models import Model
+from divergent_tokens.store import content_key, read_entry, writing_entry
 
 FEWEST = 8
 """Sequences without which nothing can be trained."""
@@ -33,20 +36,55 @@ class Sequences:
 
 
 def read_sequences(
-    source: str,
+    sources: str | Sequence[str],
     model: Model,
     *,
     length: int,
     n_sequences: int,
     text_field: str = "text",
     seed: int = 0,
+    cache: Path | None = None,
 ) -> Sequences:
-    """The first `n_sequences` that a source holds, or as many as there are.
+    """The first sequences that the sources hold, up to `n_sequences`, as many of each source.
 
-    Documents are those of `read_documents`, or the model's own (`self`); an end of sequence stands
-    between two. What is left at the end is not used. Raises PromptError where there are fewer than
-    `FEWEST`.
+    Documents are those of `read_documents`, or the model's own (`self`, kept in the cache); an end
+    of sequence stands between two. What is left at a source's end is not used. Raises PromptError
+    where there are fewer than `FEWEST`.
     """
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    parts: list[NDArray[np.int64]] = []
+    for done, source in enumerate(sources):
+        # What a short source lacks, those after it give.
+        room = (n_sequences - sum(map(len, parts))) // (len(sources) - done)
+        key = content_key(
+            sequences=1,
+            base=model.fingerprint,
+            dtype=model.dtype_name,
+            device=model.device.type,
+            shape=[room, length],
+            seed=seed,
+        )
+        kept = read_entry(cache, key) if source == "self" else None
+        if kept is not None:
+            parts.append(np.array(kept.arrays["ids"]))
+            continue
+        parts.append(_cut(source, model, length, room, text_field, seed))
+        if source == "self" and cache is not None:
+            with writing_entry(cache, key) as writer:
+                writer.array("ids", parts[-1].shape, parts[-1].dtype)[:] = parts[-1]
+    ids = np.concatenate(parts)
+    if len(ids) < FEWEST:
+        raise PromptError(
+            f"{', '.join(sources)}: {len(ids)} sequences of {length} tokens, and training needs "
+            f"{FEWEST} at least: name a longer --data, or give a smaller --length"
+        )
+    return Sequences(ids, ", ".join(sources))
+
+
+def _cut(
+    source: str, model: Model, length: int, n_sequences: int, text_field: str, seed: int
+) -> NDArray[np.int64]:
+    """[sequence, token]"""
     end = model.eos_ids[:1]
     ids: list[int] = []
     documents = (
@@ -60,9 +98,4 @@ def read_sequences(
         if len(ids) >= n_sequences * length:
             break
     n = min(n_sequences, len(ids) // length)
-    if n < FEWEST:
-        raise PromptError(
-            f"{source} holds {len(ids)} tokens, which is {n} sequences of {length}; training needs "
-            f"{FEWEST} at least: name a longer --data, or give a smaller --length"
-        )
-    return Sequences(np.array(ids[: n * length], np.int64).reshape(n, length), source)
+    return np.array(ids[: n * length], np.int64).reshape(n, length)
