@@ -13,6 +13,7 @@ from divergent_tokens import pruning, recover
 from divergent_tokens.allocation import Cut, cut
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, rows_mask
+from divergent_tokens.compress.units import whole
 from divergent_tokens.errors import DivergentTokensError, PromptError, RecordError, SchemeError
 from divergent_tokens.layers import decoder_layers
 from divergent_tokens.measure.head import find_head
@@ -47,7 +48,7 @@ def made(*matrices, harm=None):
     for matrix, component in zip(matrices, names, strict=False):
         fields = {**vars(component), "shape": tuple(matrix.shape)}
         components.append(type(component)(**fields))
-    return Saliencies(tuple(components), tuple(matrices), harm)
+    return Saliencies(whole(components), tuple(matrices), harm)
 
 
 # --- masks ---

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.prune import lowest_mask, n_of_m_mask, rows_mask, share_mask
+from divergent_tokens.compress.units import Unit
 from divergent_tokens.errors import SchemeError
 from divergent_tokens.saliencies import LEVELS, Saliencies
 from divergent_tokens.search.knapsack import least_harm
@@ -54,12 +54,12 @@ def cut(
     """The weights that stay where `sparsity` of all go; those gone `before` stay gone.
 
     `by_rows`: each row loses the same share, as Wanda has it. `pattern`: n of m neighbours stay in
-    every matrix, whatever the allocation. `fdt`: of single components at `LEVELS` [component,
-    level], for the allocations that are `MEASURED`.
+    every matrix, whatever the allocation. `fdt`: of single units at `LEVELS` [unit, level], for the
+    allocations that are `MEASURED`.
 
     `global` has one threshold for all, for saliencies in one unit. `kl` is the least sum of harms.
-    `fdt-threshold` is the paper's (Deiseroth et al. 2024, section 4): every component as sparse as
-    its FDT allows above one threshold, which is found for the wanted sparsity.
+    `fdt-threshold` is the paper's (Deiseroth et al. 2024, section 4): every unit as sparse as its
+    FDT allows above one threshold, which is found for the wanted sparsity.
     """
     values = saliencies.values
     if before is not None:
@@ -71,10 +71,16 @@ def cut(
         return Cut(tuple(n_of_m_mask(value, *pattern) for value in values))
     if allocate == "global":
         return _by_one_threshold(values, sparsity)
-    shares = _shares(saliencies, allocate, sparsity, before, fdt)
-    mask = rows_mask if by_rows else share_mask
-    masks = [mask(value, share) for value, share in zip(values, shares, strict=True)]
-    if before is not None:  # a component may get a lower level than it has
+    units = saliencies.units
+    stay = [
+        u.n_parameters if before is None else int(u.of(before.masks[u.owner]).sum()) for u in units
+    ]
+    shares = _shares(saliencies, allocate, sparsity, np.array(stay), fdt)
+    mask_of = rows_mask if by_rows else share_mask
+    masks = [torch.empty_like(value, dtype=torch.bool) for value in values]
+    for unit, share in zip(units, shares, strict=True):
+        unit.of(masks[unit.owner]).copy_(mask_of(unit.of(values[unit.owner]), share))
+    if before is not None:  # a unit may get a lower level than it has
         masks = [new & old for new, old in zip(masks, before.masks, strict=True)]
     return Cut(tuple(masks))
 
@@ -110,51 +116,49 @@ def _shares(
     saliencies: Saliencies,
     allocate: Allocate,
     sparsity: float,
-    before: Cut | None,
+    stay: NDArray[np.int64],
     fdt: NDArray[np.float64] | None,
 ) -> list[float]:
-    components = saliencies.components
+    """By unit; `stay` is how many weights of each are there still."""
+    units = saliencies.units
     if allocate == "uniform":
-        return [sparsity] * len(components)
+        return [sparsity] * len(units)
     if allocate == "uniform-spared":
-        return _spared(components, sparsity)
+        return _spared(units, sparsity)
     if allocate == "kl":
         assert saliencies.harm is not None
-        return _least(saliencies.harm, components, sparsity, before)
+        return _least(saliencies.harm, units, sparsity, stay)
     assert fdt is not None
     if allocate == "fdt":
-        return _least(fdt[:, :1] - fdt, components, sparsity, before)
-    floors = [0.0] * len(components) if before is None else before.sparsities
-    return _above_threshold(fdt, components, sparsity, np.array(floors))
+        return _least(fdt[:, :1] - fdt, units, sparsity, stay)
+    return _above_threshold(fdt, units, sparsity, stay)
 
 
-def _spared(components: Sequence[Component], sparsity: float) -> list[float]:
+def _spared(units: Sequence[Unit], sparsity: float) -> list[float]:
     """Uniform in all layers but the first and the last."""
-    layers = [c.layer for c in components if c.layer is not None]
+    layers = [u.component.layer for u in units if u.component.layer is not None]
     ends = {min(layers), max(layers)}
-    others = sum(c.n_parameters for c in components if c.layer not in ends)
-    share = sparsity * sum(c.n_parameters for c in components) / others if others else 1.0
+    others = sum(u.n_parameters for u in units if u.component.layer not in ends)
+    share = sparsity * sum(u.n_parameters for u in units) / others if others else 1.0
     if share >= 1:
         raise SchemeError(
             f"a sparsity of {sparsity} leaves nothing of the layers between the first and the last "
             "if these two are spared; give a lower one, or --allocate uniform"
         )
-    return [0.0 if c.layer in ends else share for c in components]
+    return [0.0 if u.component.layer in ends else share for u in units]
 
 
 def _least(
     harm: NDArray[np.float64],
-    components: Sequence[Component],
+    units: Sequence[Unit],
     sparsity: float,
-    before: Cut | None,
+    stay: NDArray[np.int64],
 ) -> list[float]:
     """Levels with the least sum of harms; a noisy harm is made one that never falls."""
     levels = np.array(LEVELS)
-    sizes = np.array([c.n_parameters for c in components])
-    kept = np.rint((1 - levels) * sizes[:, None]).astype(np.int64)  # [component, level]
-    if before is not None:
-        stays = np.array([int(mask.sum()) for mask in before.masks])
-        kept = np.minimum(kept, stays[:, None])
+    sizes = np.array([u.n_parameters for u in units])
+    kept = np.rint((1 - levels) * sizes[:, None]).astype(np.int64)  # [unit, level]
+    kept = np.minimum(kept, stay[:, None])
     envelope = np.maximum.accumulate(np.maximum(harm, 0), 1)
     # Of levels that harm alike the lower one, so that no more goes than is wanted.
     envelope = envelope + _TIE * max(float(envelope.max()), _TIE) * levels
@@ -165,16 +169,17 @@ def _least(
 
 def _above_threshold(
     fdt: NDArray[np.float64],
-    components: Sequence[Component],
+    units: Sequence[Unit],
     sparsity: float,
-    floors: NDArray[np.float64],
+    stay: NDArray[np.int64],
 ) -> list[float]:
-    """The highest level up to which a component's FDT stays at a threshold or above it.
+    """The highest level up to which a unit's FDT stays at a threshold or above it.
 
     None below what is gone already. Levels are steps, so that the last ones are taken in part.
     """
-    sizes = np.array([c.n_parameters for c in components], dtype=np.float64)
-    lowest_so_far = np.minimum.accumulate(fdt, 1)  # [component, level]
+    sizes = np.array([u.n_parameters for u in units], dtype=np.float64)
+    floors = 1 - stay / sizes
+    lowest_so_far = np.minimum.accumulate(fdt, 1)  # [unit, level]
     levels = np.array(LEVELS)
 
     def shares(threshold: float) -> NDArray[np.float64]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate, Cut, cut
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
-from divergent_tokens.compress.prune import check_pattern
+from divergent_tokens.compress.prune import check_pattern, rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
+from divergent_tokens.compress.units import GRANULARITIES, Granularity, Unit, find_units
 from divergent_tokens.errors import DivergentTokensError, RecordError, SchemeError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.comparison import compare, divergence_of, versions
@@ -61,6 +62,8 @@ class Settings:
     """n of m neighbours stay; the sparsity is 1 − n / m then, and there is one round."""
     n_saliency: int = 64
     """Sequences that saliencies are seen on."""
+    granularity: Granularity = "component"
+    """What gets a sparsity of its own."""
     repair: bool = False
     """What stays of a matrix makes up for what goes, before it is trained."""
     training: Training = field(default_factory=Training)
@@ -90,6 +93,19 @@ class Settings:
             raise SchemeError(
                 f"--allocate {self.allocate} knows no level beyond {LEVELS[-1]}, and a sparsity of "
                 f"{self.sparsity} was asked for; take another allocation, or a lower sparsity"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise SchemeError(
+                f"unknown granularity {self.granularity!r}; expected one of "
+                f"{', '.join(GRANULARITIES)}"
+            )
+        if self.granularity in ("head", "rows") and (
+            self.allocate == "global" or self.pattern is not None
+        ):
+            what = "a pattern" if self.pattern is not None else "--allocate global"
+            raise SchemeError(
+                f"{what} gives nothing a sparsity of its own; leave --granularity "
+                f"{self.granularity} out, or take --allocate kl"
             )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
@@ -270,27 +286,27 @@ class _Ground:
     def fdt_by_level(
         self,
         model: Model,
-        components: Sequence[Component],
+        units: Sequence[Unit],
         mask_at: Callable[[int, float], Tensor],
         progress: Progress,
     ) -> NDArray[np.float64]:
-        """FDT with one component cut, everything else as it is now. [component, level]"""
+        """FDT with one unit cut, everything else as it is now. [unit, level]"""
         runs = LayerRuns(
             model, find_head(model.network), self.completions, batch_size=self.batch_size
         )
         base = BaseLogits(self.head, self.states)
-        found = np.zeros((len(components), len(LEVELS)))
-        order = sorted(range(len(components)), key=lambda i: components[i].layer or 0)
+        found = np.zeros((len(units), len(LEVELS)))
+        order = sorted(range(len(units)), key=lambda i: units[i].component.layer or 0)
         for done, i in enumerate(order):
-            layer = components[i].layer
+            component = units[i].component
+            layer = component.layer
             assert layer is not None
             runs.go_to(layer)
-            parameter = model.network.get_parameter(components[i].parameter)
+            parameter = model.network.get_parameter(component.parameter)
             own = parameter.data
             for j, level in enumerate(LEVELS):
                 parameter.data = own.clone()
-                view = component_view(parameter.data, components[i])
-                view.mul_(mask_at(i, level))
+                units[i].of(component_view(parameter.data, component)).mul_(mask_at(i, level))
                 try:
                     scores = score_hidden(
                         runs.hidden(layer), model, find_head(model.network), self.completions, base
@@ -298,7 +314,7 @@ class _Ground:
                 finally:
                     parameter.data = own
                 found[i, j] = divergence_of(scores, self.completions).fdt.mean()
-            progress("levels", done + 1, len(order), "components")
+            progress("levels", done + 1, len(order), "units")
         return found
 
 
@@ -320,6 +336,7 @@ class _Run:
     ) -> None:
         self.model, self.base, self.components = model, base, components
         self.sequences, self.settings = sequences, settings
+        self._units = find_units(model.network, components, settings.granularity)
         self._ground, self._progress = ground, progress
         self.targets = (
             [settings.sparsity]
@@ -399,6 +416,7 @@ class _Run:
             settings.criterion,
             self.sequences,
             n_sequences=settings.n_saliency,
+            units=self._units,
             by_rows=settings.by_rows,
             with_harm=settings.allocate == "kl" and settings.pattern is None,
             teacher=self.base if moved else None,
@@ -409,10 +427,11 @@ class _Run:
         if settings.allocate in MEASURED and settings.pattern is None:
 
             def mask_at(i: int, level: float) -> Tensor:
-                one = replace(found, components=(self.components[i],), values=(found.values[i],))
-                return cut(one, "uniform", level, by_rows=settings.by_rows).masks[0]
+                unit = self._units[i]
+                saliency = unit.of(found.values[unit.owner])
+                return (rows_mask if settings.by_rows else share_mask)(saliency, level)
 
-            fdt = self._ground.fdt_by_level(self.model, self.components, mask_at, self._progress)
+            fdt = self._ground.fdt_by_level(self.model, self._units, mask_at, self._progress)
         self.cut = cut(
             found,
             settings.allocate,

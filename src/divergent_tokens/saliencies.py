@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from divergent_tokens.backward import outer
 from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.units import Unit, whole
 from divergent_tokens.errors import ModelError, SchemeError
 from divergent_tokens.labels import draw_labels
 from divergent_tokens.measure.head import Head, find_head
@@ -43,13 +44,14 @@ Meet = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class Saliencies:
-    """Of every weight of some components, and the harm of letting the least of each go."""
+    """Of every weight of some components, and the harm of letting the least of each unit go."""
 
-    components: tuple[Component, ...]
+    units: tuple[Unit, ...]
+    """What gets a sparsity of its own, component by component."""
     values: tuple[Tensor, ...]
     """Of each component, [out, in], float32, not negative; in nats per token for `fisher`."""
     harm: NDArray[np.float64] | None
-    """KL in nats per token by `LEVELS`, second order, by the gradients; [component, level]"""
+    """KL in nats per token by `LEVELS`, second order, by the gradients; [unit, level]"""
 
 
 def check_components(
@@ -76,6 +78,7 @@ def find_saliencies(
     sequences: Sequences,
     *,
     n_sequences: int = 64,
+    units: Sequence[Unit] | None = None,
     by_rows: bool = False,
     with_harm: bool = False,
     teacher: Model | None = None,
@@ -84,11 +87,13 @@ def find_saliencies(
 ) -> Saliencies:
     """Saliencies of the model as it is now, on some sequences drawn by the seed.
 
-    `by_rows`: harm is of letting the least of each row go. `with_harm` costs backward passes for
+    `units`: whole components if left out. `by_rows`: harm is of letting the least of each row of a
+    unit go. `with_harm` costs backward passes for
     every criterion; with a `teacher`, from which the model has moved, the slope of
     KL(teacher ‖ model) is part of it.
     """
     check_components(components, criterion, with_harm=with_harm)
+    units = whole(components) if units is None else tuple(units)
     if is_offloaded(model.network):
         raise ModelError(
             f"layers of {model.reference} wait outside {model.device}, where weights are not "
@@ -117,8 +122,8 @@ def find_saliencies(
         values = [w.abs() for w in weights]
     harm = None
     if with_harm:
-        harm = _harm(model, components, values, ids, by_rows, teacher, seed, progress)
-    return Saliencies(tuple(components), tuple(values), harm)
+        harm = _harm(model, components, units, values, ids, by_rows, teacher, seed, progress)
+    return Saliencies(tuple(units), tuple(values), harm)
 
 
 def _smoothed(fisher: Tensor) -> Tensor:
@@ -158,6 +163,7 @@ def _module(model: Model, component: Component) -> nn.Module:
 def _harm(
     model: Model,
     components: Sequence[Component],
+    units: Sequence[Unit],
     values: Sequence[Tensor],
     ids: Tensor,
     by_rows: bool,
@@ -165,31 +171,48 @@ def _harm(
     seed: int,
     progress: Progress,
 ) -> NDArray[np.float64]:
-    """KL by level: E[s²] / (2L), s = −Σ ⟨g, w⟩ over what goes, and the slope. [component, level]
+    """KL by level: E[s²] / (2L), s = −Σ ⟨g, w⟩ over what goes, and the slope. [unit, level]
 
     Each weight is put once into the stretch between two levels in which it goes, so that a
-    sequence costs one pass over the weights for all levels.
+    sequence costs one pass over the weights for all levels of all units.
     """
-    stretches = [_stretches(value, by_rows) for value in values]
+    own: list[list[int]] = [[] for _ in components]
+    for u, unit in enumerate(units):
+        own[unit.owner].append(u)
+    places = [
+        _places(value, [units[u] for u in which], by_rows)
+        for value, which in zip(values, own, strict=True)
+    ]
     n_tokens = len(ids) * (ids.shape[1] - 1)
-    found = np.zeros((len(components), len(LEVELS)))
+    found = np.zeros((len(units), len(LEVELS)))
 
     def moved(i: int, gradients: Tensor) -> Tensor:
-        """Σ −⟨g, w⟩ up to each level. [sequence, level]"""
+        """Σ −⟨g, w⟩ up to each level. [sequence, unit, level]"""
         products = (gradients * weight_of(model.network, components[i]).float()).flatten(1)
-        sums = products.new_zeros((len(products), len(LEVELS) + 1), dtype=torch.float64)
-        index = stretches[i].flatten().long().expand(len(products), -1)
-        return -sums.scatter_add_(1, index, products.double())[:, :-1].cumsum(1)
+        shape = (len(products), len(own[i]), len(LEVELS) + 1)
+        sums = products.new_zeros(shape, dtype=torch.float64).flatten(1)
+        index = places[i].flatten().long().expand(len(products), -1)
+        sums.scatter_add_(1, index, products.double())
+        return -sums.view(shape)[..., :-1].cumsum(-1)
 
     def add_squares(i: int, gradients: Tensor) -> None:
-        found[i] += moved(i, gradients).square().sum(0).cpu().numpy() / (2 * n_tokens)
+        found[own[i]] += moved(i, gradients).square().sum(0).cpu().numpy() / (2 * n_tokens)
 
     def add_slope(i: int, gradients: Tensor) -> None:
-        found[i] += moved(i, gradients).sum(0).cpu().numpy() / n_tokens
+        found[own[i]] += moved(i, gradients).sum(0).cpu().numpy() / n_tokens
 
     _gradients(model, components, ids, add_squares, seed + 1, None, progress)
     if teacher is not None:
         _gradients(model, components, ids, add_slope, seed, find_head(teacher.network), progress)
+    return found
+
+
+def _places(saliency: Tensor, units: Sequence[Unit], by_rows: bool) -> Tensor:
+    """Where each weight's product is added up: by unit, then by stretch. int32 [out, in]"""
+    found = torch.empty_like(saliency, dtype=torch.int32)
+    for place, unit in enumerate(units):
+        stretches = _stretches(unit.of(saliency), by_rows)
+        unit.of(found).copy_(stretches.int() + place * (len(LEVELS) + 1))
     return found
 
 
