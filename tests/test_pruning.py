@@ -11,16 +11,20 @@ import runs
 import tiny
 from divergent_tokens import pruning, recover
 from divergent_tokens.allocation import Cut, cut
+from divergent_tokens.candidates import plan_candidates
 from divergent_tokens.compress.components import find_components, weight_of
-from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, rows_mask
-from divergent_tokens.compress.units import whole
+from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, rows_mask, share_mask
+from divergent_tokens.compress.units import find_units, whole
 from divergent_tokens.errors import DivergentTokensError, PromptError, RecordError, SchemeError
 from divergent_tokens.layers import decoder_layers
+from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.sequences import Sequences, read_sequences
 from divergent_tokens.models import load_model
 from divergent_tokens.pruning import Settings, prune
 from divergent_tokens.recover import Recovery, Training, hold, schedule
+from divergent_tokens.report.pruning import pruning_markdown
 from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
 from divergent_tokens.saliencies import _gradients as gradients_of
 
@@ -198,6 +202,23 @@ def test_harm_is_that_of_the_slow_loop(base, sequences):
             assert found.harm[i, j] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+def test_harm_of_units_is_that_of_the_slow_loop(base, sequences):
+    components = [c for c in of(base) if c.layer == 0 and c.kind in ("q", "o")]
+    units = find_units(base.network, components, "head")
+    run = {"n_sequences": 12, "with_harm": True, "seed": 5, "units": units}
+    found = find_saliencies(base, components, "magnitude", sequences, **run)
+    order = np.random.default_rng(5).permutation(len(sequences.ids))
+    ids = torch.from_numpy(sequences.ids[order])
+    gradients = slow_gradients(base, components, ids, 6)
+    for u, unit in enumerate(units):
+        weight = unit.of(weight_of(base.network, unit.component))
+        for j in (1, 10, 21):
+            mask = share_mask(weight.abs(), LEVELS[j])
+            s = [-float((unit.of(g[unit.owner]) * weight)[~mask].double().sum()) for g in gradients]
+            expected = np.square(s).sum() / (2 * ids[:, 1:].numel())
+            assert found.harm[u, j] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
 def test_the_slope_counts_around_a_model_that_moved(base, sequences):
     moved = runs.noisy(base, 0.2)
     components = of(base)[:2]
@@ -330,7 +351,7 @@ def test_the_schedule_takes_large_steps_first_and_ends_at_the_target():
 TINY = {"n_saliency": 8, "new_tokens": 6}
 
 
-def run(base, folder, name="out", *, rounds=2, steps=3, **options):
+def run(base, folder, name="out", *, rounds=2, steps=3, plan=None, **options):
     settings = Settings(
         sparsity=options.pop("sparsity", 0.5),
         rounds=rounds,
@@ -346,6 +367,7 @@ def run(base, folder, name="out", *, rounds=2, steps=3, **options):
         runs.prompts(4),
         folder / name,
         settings,
+        plan=plan,
         text=text,
     )
 
@@ -491,6 +513,107 @@ def test_a_text_too_short_to_train_on(base, tmp_path):
     path.write_text("\n".join(tiny.SENTENCES * 20))
     found = read_sequences(str(path), base, length=16, n_sequences=10)
     assert found.ids.shape == (10, 16)
+
+
+def test_several_sources_give_as_much_each(base, tmp_path):
+    for name, sentences in (("a", tiny.SENTENCES[:3]), ("b", tiny.SENTENCES[3:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(sentences * 30))
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    found = read_sequences(paths, base, length=16, n_sequences=21)
+    for path, own in zip(paths, (found.ids[:10], found.ids[10:]), strict=True):
+        alone = read_sequences(path, base, length=16, n_sequences=len(own))
+        assert np.array_equal(alone.ids, own)
+    assert found.source == ", ".join(paths)
+
+
+def test_what_the_base_draws_is_kept(base, tmp_path, monkeypatch):
+    draw = {"length": 8, "n_sequences": 9, "cache": tmp_path}
+    first = read_sequences("self", base, **draw)
+    monkeypatch.setattr("divergent_tokens.measure.sequences.sample_documents", None)
+    assert np.array_equal(read_sequences("self", base, **draw).ids, first.ids)
+    with pytest.raises(TypeError):
+        read_sequences("self", base, seed=1, **draw)
+
+
+# --- units, repair, and a plan ---
+
+
+@pytest.mark.parametrize("granularity", ["head", "rows"])
+def test_units_get_a_sparsity_of_their_own(base, tmp_path, granularity, monkeypatch):
+    monkeypatch.setattr("divergent_tokens.compress.units.BLOCK_ROWS", 8)
+    options = {"criterion": "magnitude", "allocate": "kl", "granularity": granularity}
+    record = run(base, tmp_path, rounds=1, steps=0, **options)
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.05)
+    loaded = load_model(tmp_path / "out", device="cpu")
+    components = of(loaded)
+    shares = {}
+    for unit in find_units(loaded.network, components, granularity):
+        part = unit.of(weight_of(loaded.network, unit.component))
+        shares.setdefault(unit.owner, set()).add(round(float((part == 0).float().mean()), 2))
+    assert max(map(len, shares.values())) > 1  # of one matrix
+    with pytest.raises(SchemeError, match="--allocate global gives nothing a sparsity of its own"):
+        run(base, tmp_path, "other", granularity=granularity)
+
+
+def test_fdt_is_measured_unit_by_unit(base, tmp_path):
+    options = {"criterion": "magnitude", "allocate": "fdt", "granularity": "head"}
+    record = run(base, tmp_path, rounds=1, steps=0, sparsity=0.3, **options)
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(("criterion", "allocate"), [("fisher", "global"), ("wanda", "uniform")])
+def test_repair_brings_the_model_closer(base, tmp_path, criterion, allocate):
+    options = {"rounds": 1, "steps": 0, "criterion": criterion, "allocate": allocate}
+    without = run(base, tmp_path, "without", **options)
+    repaired = run(base, tmp_path, "repaired", repair=True, **options)
+    zeros = [[c["n_zero"] for c in record["components"]] for record in (without, repaired)]
+    assert zeros[0] == zeros[1]
+    assert repaired["metrics"]["kl"]["value"] < without["metrics"]["kl"]["value"]
+
+
+def test_experts_are_not_repaired(tmp_path):
+    options = {"criterion": "magnitude", "allocate": "uniform", "repair": True}
+    with pytest.raises(SchemeError, match="is not repaired"):
+        run(runs.model("qwen3-moe"), tmp_path, **options)
+
+
+def plan_for(base, scheme="int4:g16"):
+    names = [component.name for component in of(base)]
+    identity = {
+        "reference": base.reference,
+        "fingerprint": base.fingerprint,
+        "model_type": base.network.config.model_type,
+        "config": base.network.config.to_dict(),
+    }
+    return PlanFile(identity, dict.fromkeys(names, scheme), 1, 2)
+
+
+def test_a_plan_is_measured_with_the_zeros(base, tmp_path):
+    record = run(base, tmp_path, rounds=2, plan=plan_for(base))
+    loaded = load_model(tmp_path / "out", device="cpu")
+    path = tmp_path / "out" / "plan.json"
+    candidates = plan_candidates(loaded, path)
+    found = compare(
+        base, candidates, runs.prompts(4), new_tokens=TINY["new_tokens"], seed=0
+    ).candidates[0]
+    assert found.metrics.kl.value == pytest.approx(record["metrics"]["kl"]["value"], rel=1e-4)
+    assert record["rounds"][-1]["after"]["kl"] == pytest.approx(found.metrics.kl.value, rel=1e-4)
+    assert record["metrics"]["kl"]["value"] != record["metrics_without_plan"]["kl"]["value"]
+    with candidates[str(path)] as model:
+        kept = [(weight_of(loaded.network, c) == 0).float().mean() for c in of(model)]
+    assert float(torch.stack(kept).mean()) >= 0.45
+    assert "Rounds are measured under the plan" in pruning_markdown({**record, "folder": "out"})
+
+
+def test_plans_that_hang_on_the_bases_weights_are_refused(base, tmp_path):
+    for scheme in ("gptq:int4:g16", "from:elsewhere"):
+        with pytest.raises(SchemeError, match="is made once, for the base's own weights"):
+            run(base, tmp_path, plan=plan_for(base, scheme))
+    with pytest.raises(RecordError, match="is another model"):
+        run(runs.noisy(base), tmp_path, plan=plan_for(base))
+
+
+# --- the rest ---
 
 
 def test_the_optimizer_of_another_network_is_refused(base, sequences):

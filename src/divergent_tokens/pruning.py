@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate, Cut, cut
+from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
+from divergent_tokens.compress.donors import Donor
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern, rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
 from divergent_tokens.compress.units import GRANULARITIES, Granularity, Unit, find_units
@@ -34,7 +39,7 @@ from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.measure.scores import BaseLogits, score, score_hidden
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.measure.states import States, base_states
-from divergent_tokens.models import Model
+from divergent_tokens.models import Model, outline_model
 from divergent_tokens.quiet import quietly
 from divergent_tokens.recover import NotFiniteError, Recovery, Training, hold, schedule
 from divergent_tokens.saliencies import (
@@ -128,6 +133,7 @@ def prune(
     out: Path,
     settings: Settings,
     *,
+    plan: PlanFile | None = None,
     text: str | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
@@ -138,7 +144,9 @@ def prune(
     """The record of a pruning, and in the folder `out` the pruned model with that record.
 
     What matters is seen, and trained, on the sequences; FDT, SDT and KL are against the base on the
-    prompts, PPL on the text. The base's network is not changed. Rounds are kept beside `out` until
+    prompts, PPL on the text. With a `plan` for the base all of this is of the pruned model under
+    the plan, whose weights are trained as they are without it; a plan.json for what was written
+    lies beside it. The base's network is not changed. Rounds are kept beside `out` until
     it is there, so that a pruning that was stopped goes on.
 
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
@@ -154,12 +162,19 @@ def prune(
     check_components(components, settings.criterion, with_harm=by_kl)
     if settings.pattern is not None:
         check_pattern(*settings.pattern, components)
+    stacked = [c.name for c in components if c.stack_index is not None]
+    if settings.repair and stacked:
+        raise SchemeError(
+            f"{stacked[0]}, an expert of a fused stack, is not repaired, since its inputs are not "
+            "collected; exclude it, or leave --repair out"
+        )
     _check_target(base, components, settings.sparsity)
-    ground = _Ground.of(base, prompts, settings, text, batch_size, cache, progress)
+    served = None if plan is None else _checked(plan, base)
+    ground = _Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
     run = _Run(model, base, components, sequences, settings, ground, progress)
-    kept = _Rounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text))
+    kept = _Rounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text, plan))
     records = kept.load(run)
     for number, target in enumerate(run.targets):
         if number < len(records):
@@ -192,11 +207,12 @@ def prune(
             "new_tokens": settings.new_tokens,
         },
         "base_ppl": ground.base_ppl,
+        "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,
         "components": run.components_json(),
-        "metrics": run.final_metrics(prompts, text, batch_size, cache),
+        **run.final_metrics(prompts, text, batch_size, cache),
     }
-    _write(out, model, record)
+    _write(out, model, record, plan)
     kept.clear()
     return record
 
@@ -224,6 +240,19 @@ def _check_target(base: Model, components: Sequence[Component], sparsity: float)
         )
 
 
+def _checked(plan: PlanFile, base: Model) -> Plan:
+    """The plan, of which nothing is made from the base's own weights or inputs."""
+    check_base(plan, base, "the plan")
+    found = plan.plan()
+    for name, scheme in found.schemes.items():
+        if scheme.needs_codes or any(isinstance(step, Donor) for step in scheme.steps):
+            raise SchemeError(
+                f"{name}: {scheme} is made once, for the base's own weights, and pruning changes "
+                "them; expected schemes of any weights, such as int8 or int4:g64"
+            )
+    return found
+
+
 # --- measuring ---
 
 
@@ -232,6 +261,8 @@ class _Ground:
     """The base's side of every measurement."""
 
     base: Model
+    plan: Plan | None
+    """What every measurement is under."""
     head: Head
     completions: Completions
     states: States
@@ -243,6 +274,7 @@ class _Ground:
     def of(
         cls,
         base: Model,
+        plan: Plan | None,
         prompts: PromptSet,
         settings: Settings,
         text: str | None,
@@ -258,8 +290,12 @@ class _Ground:
         states = base_states(
             base, head, completions, batch_size=size, cache=cache, progress=progress
         )
-        found = cls(base, head, completions, states, text, None, states.batch_size)
+        found = cls(base, plan, head, completions, states, text, None, states.batch_size)
         return replace(found, base_ppl=found.perplexity(base, head))
+
+    def served(self, model: Model) -> AbstractContextManager[Model]:
+        """The model under the plan, for a while."""
+        return nullcontext(model) if self.plan is None else lent_plan(model, self.plan)
 
     def divergence(self, model: Model) -> Divergence:
         head = find_head(model.network)
@@ -273,14 +309,16 @@ class _Ground:
         return float(np.exp(found.nats.mean()))
 
     def metrics(self, model: Model) -> dict[str, float | None]:
-        found = self.divergence(model)
+        with self.served(model) as own:
+            found = self.divergence(own)
+            ppl = self.perplexity(own, find_head(own.network))
         assert found.kl is not None
         n_tokens = int(found.n_tokens.sum())
         return {
             "fdt": float(found.fdt.mean()),
             "sdt": float(found.n_divergent.sum() / n_tokens),
             "kl": float(found.kl.sum() / n_tokens),
-            "ppl": self.perplexity(model, find_head(model.network)),
+            "ppl": ppl,
         }
 
     def fdt_by_level(
@@ -357,7 +395,7 @@ class _Run:
                 seed=settings.seed,
             )
 
-    def key(self, prompts: PromptSet, text: str | None) -> dict[str, Any]:
+    def key(self, prompts: PromptSet, text: str | None, plan: PlanFile | None) -> dict[str, Any]:
         """Everything that must be the same to go on."""
         return {
             "base": self.base.fingerprint,
@@ -366,6 +404,7 @@ class _Run:
             "components": [component.name for component in self.components],
             "data": self.sequences.digest,
             "prompts": prompts.digest,
+            "plan": None if plan is None else plan.digest,
             "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
         }
 
@@ -379,7 +418,7 @@ class _Run:
         self._cut_to(target, number)
         assert self.cut is not None
         before = self._ground.metrics(self.model)
-        loss = self._train(number, steps, self.masks, f"sparsity {self.cut.sparsity:.2f}")
+        loss = self._train(number, steps, self.masks, _in_words(self.cut.sparsity, before))
         after = before if self.recovery is None else self._ground.metrics(self.model)
         return {
             "round": number + 1,
@@ -407,11 +446,20 @@ class _Run:
             ) from error
 
     def _cut_to(self, target: float, number: int) -> None:
+        with self._ground.served(self.model) as model:
+            self.cut = self._found_cut(model, target, number)
+        self._set_masks()
+        if self.settings.repair:
+            self._repair(number)
+        hold(self.model.network, self.masks)
+
+    def _found_cut(self, model: Model, target: float, number: int) -> Cut:
+        """Of the model as it is measured: what a plan makes zero goes first."""
         settings = self.settings
         moved = number > 0
         self._progress(f"saliency, round {number + 1}", 0, 1, "")
         found = find_saliencies(
-            self.model,
+            model,
             self.components,
             settings.criterion,
             self.sequences,
@@ -431,8 +479,8 @@ class _Run:
                 saliency = unit.of(found.values[unit.owner])
                 return (rows_mask if settings.by_rows else share_mask)(saliency, level)
 
-            fdt = self._ground.fdt_by_level(self.model, self._units, mask_at, self._progress)
-        self.cut = cut(
+            fdt = self._ground.fdt_by_level(model, self._units, mask_at, self._progress)
+        return cut(
             found,
             settings.allocate,
             target,
@@ -441,10 +489,6 @@ class _Run:
             before=self.cut,
             fdt=fdt,
         )
-        self._set_masks()
-        if settings.repair:
-            self._repair(number)
-        hold(self.model.network, self.masks)
 
     def _calibration(self, number: int) -> Calibration:
         rng = np.random.default_rng([self.settings.seed, number])
@@ -487,11 +531,14 @@ class _Run:
     def final_metrics(
         self, prompts: PromptSet, text: str | None, batch_size: int | None, cache: Path | None
     ) -> dict[str, Any]:
-        """With intervals."""
+        """With intervals: as served, and where a plan is kept without it too."""
         self.model.network.requires_grad_(False)
+        candidates: dict[str, AbstractContextManager[Model]] = {"pruned": _Held(self.model)}
+        if self._ground.plan is not None:
+            candidates["under the plan"] = self._ground.served(self.model)
         found = compare(
             self.base,
-            {"pruned": _Held(self.model)},
+            candidates,
             prompts,
             new_tokens=self.settings.new_tokens,
             text=text,
@@ -499,7 +546,15 @@ class _Run:
             seed=self.settings.seed,
             cache=cache,
         )
-        return found.candidates[0].metrics.to_json()
+        dense, *under = [one.metrics.to_json() for one in found.candidates]
+        return {"metrics": under[0], "metrics_without_plan": dense} if under else {"metrics": dense}
+
+
+def _in_words(sparsity: float, metrics: dict[str, float | None]) -> str:
+    """Where a round stands before it is trained, for the progress bar."""
+    ppl = metrics["ppl"]
+    found = f"sparsity {sparsity:.2f}, FDT {metrics['fdt']:.3g}"
+    return found if ppl is None else f"{found}, PPL {ppl:.4g}"
 
 
 class _Held:
@@ -583,10 +638,16 @@ class _Rounds:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _write(out: Path, model: Model, record: dict[str, Any]) -> None:
-    """Dense safetensors with exact zeros, the tokenizer, and the record."""
+def _write(out: Path, model: Model, record: dict[str, Any], plan: PlanFile | None) -> None:
+    """Dense safetensors with exact zeros, the tokenizer, the record, and a plan for all that."""
     with clear_disk_errors(out), replacing_folder(out) as folder:
         with quietly():
             model.network.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
         write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        if plan is not None:
+            written = outline_model(folder)
+            base = {**plan.base, "reference": str(out), "fingerprint": written.fingerprint}
+            step = {"step": "prune", "sparsity": record["rounds"][-1]["sparsity"]}
+            own = replace(plan, base=base, trail=(*plan.trail, step))
+            write_plan(folder / "plan.json", own)

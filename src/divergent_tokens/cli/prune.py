@@ -50,6 +50,15 @@ class Allocate(StrEnum):
     uniform_spared = "uniform-spared"
 
 
+class Granularity(StrEnum):
+    """What gets a sparsity of its own."""
+
+    component = "component"
+    expert = "expert"
+    head = "head"
+    rows = "rows"
+
+
 class Loss(StrEnum):
     """What training makes small."""
 
@@ -81,6 +90,27 @@ def prune(
             help="How sparse each matrix becomes: by one threshold for all (fisher only), by the "
             "least harm in KL or FDT, by one threshold of FDT as in the paper, or alike. Left out: "
             "global for fisher, else kl.",
+            show_default=False,
+        ),
+    ] = None,
+    granularity: Annotated[
+        Granularity,
+        typer.Option(
+            help="What gets a sparsity of its own: a matrix (an expert's matrices are such), an "
+            "attention head, or 64 rows of a matrix."
+        ),
+    ] = Granularity.component,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Move what stays of a matrix, so that its outputs change least."
+        ),
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="plan.json",
+            help="Quantize too: measure everything under this plan for the base.",
             show_default=False,
         ),
     ] = None,
@@ -155,6 +185,7 @@ def prune(
         raise DivergentTokensError("give either --sparsity 0.75 or --pattern 2:4")
 
     from divergent_tokens.compress.components import find_components
+    from divergent_tokens.compress.plan_file import read_plan
     from divergent_tokens.compress.prune import parse_pattern
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
@@ -174,6 +205,8 @@ def prune(
         criterion=criterion.value,
         allocate=(allocate or by_default).value,
         pattern=n_of_m,
+        granularity=granularity.value,
+        repair=repair,
         training=Training(
             steps=steps,
             batch_size=train_batch,
@@ -186,6 +219,7 @@ def prune(
         new_tokens=new_tokens,
         seed=seed,
     )
+    plan_file = read_plan(plan) if plan else None
     given_text = read_text(text) if text else None
     cache = cache or default_cache()
     with progress_bar(quiet) as progress:
@@ -227,6 +261,7 @@ def prune(
             prompt_set,
             out,
             settings,
+            plan=plan_file,
             text=given_text,
             batch_size=batch_size,
             overwrite=overwrite,

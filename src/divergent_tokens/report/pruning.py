@@ -62,17 +62,23 @@ def _sections(record: Record) -> Iterator[Section]:
         )
     columns = ("round", "zeros", "loss", "FDT cut", "FDT", "SDT", "KL", "PPL")
     yield columns, rows, "Rounds, before and after training"
-    metrics = record["metrics"]
-    cells = [
-        on_one_line("\n".join(filter(None, estimate(metrics[name], as_percent=name == "sdt"))))
-        for name in ("fdt", "sdt", "kl")
-    ]
-    yield ("FDT", "SDT", "KL"), [cells], "At the end, with intervals"
+    found = {"pruned": record["metrics"]}
+    if record.get("plan"):
+        found = {"pruned": record["metrics_without_plan"], "under the plan": record["metrics"]}
+    rows = [[name, *_estimates(metrics)] for name, metrics in found.items()]
+    yield ("", "FDT", "SDT", "KL"), rows, "At the end, with intervals"
     yield (
         ("kind", "matrices", "zeros", f"beyond {percent(BEYOND)}"),
         _kinds(record),
         "Zeros by kind",
     )
+
+
+def _estimates(metrics: Record) -> list[str]:
+    return [
+        on_one_line("\n".join(filter(None, estimate(metrics[name], as_percent=name == "sdt"))))
+        for name in ("fdt", "sdt", "kl")
+    ]
 
 
 def _kinds(record: Record) -> list[list[str]]:
@@ -92,6 +98,11 @@ def notes(record: Record) -> Iterator[str]:
     """What a reader must know to read the numbers rightly."""
     if record["base_ppl"] is not None:
         yield f"The base has a perplexity of {number(record['base_ppl'])} on the text."
+    if record.get("plan"):
+        yield (
+            "Rounds are measured under the plan; plan.json in the folder is the same plan for what "
+            "was written: dtm compress packs both."
+        )
     data = record["data"]
     yield (
         f"Seen and trained on {data['n_sequences']} sequences of {data['length']} tokens from "
