@@ -21,6 +21,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
+import lm_tasks
 import runs
 import tiny
 from divergent_tokens.measure import batches
@@ -247,6 +248,34 @@ def test_a_condition_that_is_true_of_a_candidate_fails(compare, place, tmp_path)
 def test_conditions_that_hold_of_nobody_pass(compare):
     left = compare("--scheme", "int8", "--fail-if", "fdt<0.1", "--fail-if", "fdt<99 and kl>50")
     assert (left.code, left.err) == (0, "")
+
+
+# --- tasks ---
+
+
+def test_tasks_stand_beside_divergence(compare, tmp_path):
+    out = tmp_path / "comparison.json"
+    lm_tasks.multiple_choice(tmp_path / "mine")
+    tasks = ["--tasks", "choices", "--task-path", tmp_path / "mine", "--limit", 8]
+    left = compare("--scheme", "int2", *tasks, "--out", out, "--fail-if", "flips>0")
+    assert left.code == 1
+    assert "int2: flips>0 (flips is 0." in left.err
+    assert "Tasks by lm-eval" in left.out
+    record = json.loads(out.read_text())
+    assert record["tasks"]["settings"]["limit"] == 8
+    (candidate,) = record["candidates"]
+    assert [task["n_documents"] for task in candidate["tasks"]] == [8, 8]
+    assert "| choices | acc | " in compare("--scheme", "int8", *tasks, "--format", "markdown").out
+
+
+def test_wrong_tasks_are_refused_before_any_work(refused, tmp_path):
+    file = lm_tasks.multiple_choice(tmp_path / "mine")
+    assert "no --tasks is given" in refused("--scheme", "int8", "--limit", 3)
+    assert "name some with --tasks" in refused("--scheme", "int8", "--fail-if", "flips>0.1")
+    assert "no task file" in refused("--scheme", "int8", "--tasks", tmp_path / "gone.yaml")
+    assert "the limit 0 leaves" in refused("--scheme", "int8", "--tasks", file, "--limit", 0)
+    file.write_text("task: [")
+    assert "choices.yaml cannot be read" in refused("--scheme", "int8", "--tasks", file)
 
 
 # --- bad input ---

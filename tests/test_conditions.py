@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergent_tokens.conditions import METRICS, OPERATORS, metric_value, parse_condition
+from divergent_tokens.conditions import (
+    METRICS,
+    OPERATORS,
+    largest_flips,
+    metric_value,
+    parse_condition,
+)
 from divergent_tokens.errors import DivergentTokensError
 
 
@@ -26,8 +32,9 @@ MEASURED = {
     "identical": 0.0,
     "mean_length": 64.0,
     "repeated": 0.5,
+    "flips": 0.15,
 }
-UNMEASURED = MEASURED | {"ppl": None, "kl": None, "near_ties": None}
+UNMEASURED = MEASURED | {"ppl": None, "kl": None, "near_ties": None, "flips": None}
 
 
 def holds(text, metrics=MEASURED):
@@ -126,3 +133,12 @@ def test_a_message_says_what_was_found():
     beyond = MEASURED | {"median_fdt": estimate(None)}
     assert parse_condition("median_fdt>4").found(beyond) == "median_fdt is beyond the completions"
     assert math.isinf(parse_condition("fdt<inf").parts[0].bound)
+
+
+def test_flips_are_the_largest_of_any_task():
+    tasks = [{"flips": None}, *({"flips": {"share": estimate(share)}} for share in (0.1, 0.3, 0.2))]
+    assert largest_flips({"tasks": tasks}) == 0.3
+    assert largest_flips({"tasks": tasks[:1]}) is None
+    assert largest_flips({"tasks": None}) is None
+    with pytest.raises(DivergentTokensError, match="no task has a metric of right and wrong"):
+        holds("flips>0.1", UNMEASURED)

@@ -23,7 +23,7 @@ FLOORS = [
     {"fingerprints", "layers", "compiled", "offload", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"calibrated"},
-    {"candidates", "conditions"},
+    {"candidates", "conditions", "tasks", "task_files", "task_samples"},
     {"watched"},
     {"backward", "labels", "layerwise", "saliencies", "sensitivities"},
     {"probe", "sweep", "search"},
@@ -150,8 +150,14 @@ def test_only_models_imports_the_loaders_of_transformers():
     assert not any(name.startswith(PACKAGE) for name in imports(FILES["reload"]))
 
 
+def test_the_harness_is_known_where_tasks_are_read_and_run_only():
+    users = [module for module, path in FILES.items() if "lm_eval" in map(top, imports(path))]
+    assert users == ["task_files", "tasks"]
+
+
 def test_metrics_and_intervals_need_numpy_and_scipy_only():
-    for module in ("measure.metrics", "measure.intervals", "measure.flips", "sensitivities"):
+    modules = ("metrics", "intervals", "flips", "answers")
+    for module in (*(f"measure.{name}" for name in modules), "sensitivities"):
         outside = {top(name) for name in imports(FILES[module])} - set(sys.stdlib_module_names)
         assert outside - {PACKAGE} <= {"numpy", "scipy"}, module
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from divergent_tokens.models import load_model as load_model
     from divergent_tokens.report.text import comparison_markdown as comparison_markdown
     from divergent_tokens.store import default_cache as default_cache
+    from divergent_tokens.tasks import read_tasks as read_tasks
 
 _HOMES = {
     "Comparison": "measure.comparison",
@@ -29,6 +30,7 @@ _HOMES = {
     "load_model": "models",
     "model_candidates": "candidates",
     "read_prompts": "measure.prompts",
+    "read_tasks": "tasks",
     "scheme_candidates": "candidates",
 }
 __all__ = list(_HOMES)

@@ -23,8 +23,10 @@ METRICS = (
     "identical",
     "mean_length",
     "repeated",
+    "flips",
 )
-"""What a condition can be about: the metrics of comparison.json that are one number."""
+"""What a condition can be about: the metrics of comparison.json that are one number, and flips."""
+_HINTS = {"ppl": "give --text", "flips": "no task has a metric of right and wrong answers"}
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -76,7 +78,7 @@ class Condition:
             return False
         if None in found:
             part = self.parts[found.index(None)]
-            hint = "give --text" if part.metric == "ppl" else "it is null in comparison.json"
+            hint = _HINTS.get(part.metric, "it is null in comparison.json")
             raise DivergentTokensError(
                 f"the condition {self} cannot be decided: {part.metric} was not measured ({hint})"
             )
@@ -137,3 +139,9 @@ def metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
         value = value["conventional"]
     number: float | None = value["value"] if isinstance(value, dict) else value
     return number
+
+
+def largest_flips(candidate: Mapping[str, Any]) -> float | None:
+    """The largest share of flips that a candidate of comparison.json has in any task."""
+    shares = [task["flips"]["share"]["value"] for task in candidate["tasks"] or () if task["flips"]]
+    return max(shares, default=None)

@@ -20,14 +20,18 @@ from divergent_tokens.cli.options import (
     Format,
     GenerateWith,
     IgnoreEos,
+    Limit,
     MaxMemory,
     NewTokens,
     NPrompts,
+    NumFewshot,
     Prefix,
     Prompts,
     Quiet,
     Seed,
     SkipPrompts,
+    TaskNames,
+    TaskPath,
     TextField,
     TrustRemoteCode,
     Writer,
@@ -41,7 +45,7 @@ from divergent_tokens.cli.output import (
     write_json,
 )
 from divergent_tokens.cli.signals import on_signals, tidy_up
-from divergent_tokens.conditions import Condition, parse_condition
+from divergent_tokens.conditions import Condition, largest_flips, parse_condition
 from divergent_tokens.errors import DivergentTokensError
 
 if TYPE_CHECKING:
@@ -82,6 +86,10 @@ def compare(
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="Measure perplexity on this text too.")
     ] = None,
+    tasks: TaskNames = None,
+    task_path: TaskPath = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
     examples: Annotated[
         int, typer.Option(min=0, help="Print so many of each candidate's earliest divergences.")
     ] = 0,
@@ -133,8 +141,15 @@ def compare(
             "--include and --exclude choose what a scheme touches, and no --scheme is given; give "
             "one, or leave them out"
         )
+    if tasks is None and (task_path or num_fewshot is not None or limit is not None):
+        raise DivergentTokensError(
+            "--task-path, --num-fewshot and --limit are about tasks, and no --tasks is given; give "
+            "some, or leave them out"
+        )
     files = _scores_files(scores or [])
-    _check_decidable(conditions, has_text=text is not None, engines=list(files))
+    _check_decidable(
+        conditions, has_text=text is not None, has_tasks=tasks is not None, engines=list(files)
+    )
     if out:
         check_out(out, base, *(candidates or ()), *files.values(), *(plan or ()), text, prompts)
 
@@ -159,6 +174,18 @@ def compare(
     for path in plan or ():
         read_plan(path)
     given_text = read_text(text) if text else None
+    asked = None
+    if tasks is not None:
+        from divergent_tokens.tasks import read_tasks
+
+        asked = read_tasks(
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            paths=task_path or (),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat=chat,
+            batch_size=batch_size,
+        )
     cache = cache or default_cache()
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -208,6 +235,7 @@ def compare(
             by_vllm=generate_with is Writer.vllm,
             text=given_text,
             n_examples=examples,
+            tasks=asked,
             level=level,
             seed=seed,
             batch_size=batch_size,
@@ -241,7 +269,7 @@ def _scores_files(values: list[str]) -> dict[str, Path]:
 
 
 def _check_decidable(
-    conditions: Sequence[Condition], *, has_text: bool, engines: Sequence[str]
+    conditions: Sequence[Condition], *, has_text: bool, has_tasks: bool, engines: Sequence[str]
 ) -> None:
     """Raise at once for a condition on what will not be measured, not after an hour's work."""
     metrics = {part.metric: condition for condition in conditions for part in condition.parts}
@@ -250,7 +278,12 @@ def _check_decidable(
             f"the condition {metrics['ppl']} cannot be decided: ppl is measured on a text; give "
             "one with --text"
         )
-    for metric in ("ppl", "kl", "kl_p99", "acceptance"):
+    if "flips" in metrics and not has_tasks:
+        raise DivergentTokensError(
+            f"the condition {metrics['flips']} cannot be decided: flips are counted in tasks; name "
+            "some with --tasks"
+        )
+    for metric in ("ppl", "kl", "kl_p99", "acceptance", "flips"):
         if metric in metrics and engines:
             raise DivergentTokensError(
                 f"the condition {metrics[metric]} cannot be decided for {engines[0]}: a scores "
@@ -271,10 +304,11 @@ def _print_comparison(record: dict[str, Any], format: Format) -> None:
 
 def _fail_where_true(conditions: list[Condition], record: dict[str, Any]) -> None:
     failed = [
-        f"{candidate['name']}: {condition} ({condition.found(candidate['metrics'])})"
+        f"{candidate['name']}: {condition} ({condition.found(measured)})"
         for candidate in record["candidates"]
+        for measured in [candidate["metrics"] | {"flips": largest_flips(candidate)}]
         for condition in conditions
-        if condition.holds(candidate["metrics"])
+        if condition.holds(measured)
     ]
     if failed:
         raise typer.Exit(say("failed: " + "; ".join(failed), FAILED))

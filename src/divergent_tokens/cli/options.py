@@ -137,6 +137,30 @@ CalibrationSource = Annotated[
         help="Text whose inputs gptq: schemes are made from: builtin, a file, or hf:DATASET.",
     ),
 ]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="TASK,...",
+        help="Run these tasks of lm-eval too: names, groups, wildcards, or .yaml files.",
+    ),
+]
+TaskPath = Annotated[
+    list[Path] | None,
+    typer.Option("--task-path", metavar="DIR", help="Where task definitions of your own lie."),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot", metavar="N", help="Examples in each task's prompt; left out: its own."
+    ),
+]
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit", metavar="N", help="So many documents of each task, or a share below 1."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Load pickled weights (they are a risk).")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from divergent_tokens.errors import DivergentTokensError, ModelError
 from divergent_tokens.measure import metrics
+from divergent_tokens.measure.answers import Answers, TaskResult, Tasks, compare_answers
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
 from divergent_tokens.measure.completions import Completions, check_positions, complete
 from divergent_tokens.measure.engine import EngineScores, read_scores
@@ -43,6 +44,26 @@ class CandidateResult:
     metrics: Metrics
     rows: tuple[Row, ...]
     examples: tuple[Example, ...] = ()
+    tasks: tuple[TaskResult, ...] | None = None
+    """None where no task was run: none was given, or there are another engine's scores only."""
+
+
+@dataclass(frozen=True)
+class BaseTasks:
+    """What every candidate's answers are held against."""
+
+    settings: Mapping[str, Any]
+    base: tuple[Answers, ...]
+    rounding: tuple[TaskResult, ...]
+    """The base's answers after the flip of bits that `Comparison.rounding` is about."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The TASKS of comparison.json."""
+        return {
+            "settings": dict(self.settings),
+            "base": [answers.to_json() | {"flips": None} for answers in self.base],
+            "rounding": [result.to_json() for result in self.rounding],
+        }
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,7 @@ class Comparison:
     level: float
     seed: int
     command: tuple[str, ...] = ()
+    tasks: BaseTasks | None = None
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -94,10 +116,14 @@ class Comparison:
                     "metrics": candidate.metrics.to_json(),
                     "rows": [vars(row) for row in candidate.rows],
                     "examples": [vars(example) for example in candidate.examples],
+                    "tasks": None
+                    if candidate.tasks is None
+                    else [result.to_json() for result in candidate.tasks],
                 }
                 for candidate in self.candidates
             ],
             "pairs": [pair.to_json() for pair in self.pairs],
+            "tasks": None if self.tasks is None else self.tasks.to_json(),
         }
 
     def _prompts_json(self) -> dict[str, Any]:
@@ -132,6 +158,7 @@ def compare(
     by_vllm: bool = False,
     text: str | None = None,
     n_examples: int = 0,
+    tasks: Tasks | None = None,
     level: float = 0.95,
     seed: int = 0,
     batch_size: int | None = None,
@@ -144,7 +171,8 @@ def compare(
     A candidate is a context manager that yields its model; it is entered once, and left before the
     next: weights that are lent, or a checkpoint that is loaded for the while. `scores` are files
     that another engine made. With a `text`, its perplexity is measured too. The `n_examples`
-    earliest divergences are written out, the only text that a candidate generates.
+    earliest divergences are written out, the only text that a candidate generates beside what
+    `tasks` ask of it (see divergent_tokens.tasks).
     """
     scores = scores or {}
     if not candidates and not scores:
@@ -156,6 +184,8 @@ def compare(
         raise DivergentTokensError(
             f"two candidates are called {min(twice)!r}; name the scores otherwise"
         )
+    # First: where a task fails it does so before anything else has been waited for.
+    answers = None if tasks is None else _answers("base", base, tasks, progress)
     completions = complete(
         base,
         prompts,
@@ -177,11 +207,24 @@ def compare(
     first = _first_logits(base, head, states)
     kept = kept_head(head, states.of(0, base.device)[:1])
     run = _Run(
-        base, head, kept, completions, states, own, first, text, n_examples, level, seed, progress
+        base=base,
+        head=head,
+        kept_head=kept,
+        completions=completions,
+        states=states,
+        own=own,
+        first_logits=first,
+        text=text,
+        n_examples=n_examples,
+        tasks=tasks,
+        answers=answers,
+        level=level,
+        seed=seed,
+        progress=progress,
     )
     floor = run.summary(divergence_of(own, completions), run.perplexity("base", base, head))
     with lent_rounding(base, seed=seed) as rounded:
-        rounding = run.measure("rounding", rounded).metrics
+        rounding = run.measure("rounding", rounded)
     results = [run.candidate(name, candidate) for name, candidate in candidates.items()]
     results += [run.engine(name, engine) for name, engine in engines.items()]
     return Comparison(
@@ -189,11 +232,14 @@ def compare(
         completions=completions,
         margins=own.margins,
         noise_floor=floor,
-        rounding=rounding,
+        rounding=rounding.metrics,
         candidates=tuple(results),
         level=level,
         seed=seed,
         command=tuple(command),
+        tasks=BaseTasks(tasks.settings, answers, rounding.tasks)
+        if tasks and answers and rounding.tasks
+        else None,
     )
 
 
@@ -214,6 +260,9 @@ class _Run:
     """The base's, for the first completion's first token; see `measure`. [vocab]"""
     text: str | None
     n_examples: int
+    tasks: Tasks | None
+    answers: tuple[Answers, ...] | None
+    """The base's own to the tasks."""
     level: float
     seed: int
     progress: Progress
@@ -301,7 +350,14 @@ class _Run:
             n=self.n_examples,
         )
         rows = rows_of(found, arrays, self.completions, self.base.tokenizer)
-        return CandidateResult(name, self.summary(found, ppl), rows, examples)
+        tasks = None if model is None else self.task_results(name, model)
+        return CandidateResult(name, self.summary(found, ppl), rows, examples, tasks)
+
+    def task_results(self, name: str, model: Model) -> tuple[TaskResult, ...] | None:
+        if self.tasks is None or self.answers is None:
+            return None
+        answers = _answers(name, model, self.tasks, self.progress)
+        return compare_answers(self.answers, answers, level=self.level, seed=self.seed)
 
     def summary(self, found: Divergence, ppl: dict[str, Any] | None) -> Metrics:
         prompts = self.completions.prompts.prompts
@@ -334,6 +390,13 @@ class _Run:
             progress=self.progress,
         )
         return found.to_json(level=self.level, seed=self.seed)
+
+
+def _answers(name: str, model: Model, tasks: Tasks, progress: Progress) -> tuple[Answers, ...]:
+    progress(f"{name}, tasks", 0, 1, "models")
+    answers = tuple(tasks(model))
+    progress(f"{name}, tasks", 1, 1, "models")
+    return answers
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from divergent_tokens.report.answers import task_notes, task_sections
 from divergent_tokens.report.numbers import estimate, number, percent, sparkline
 from divergent_tokens.report.tables import (
     GAP,
@@ -74,7 +75,8 @@ def comparison_markdown(record: Record) -> str:
     cells = [[on_one_line(cell) for cell in row] for row in _cells(record, names)]
     lines = [escaped(title(record)), "", *markdown_table(_HEADERS, cells)]
     for columns, rows, heading in _sections(record, names, len(names)):
-        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, rows)]
+        cells = [[on_one_line(cell) for cell in row] for row in rows]
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, cells)]
     for candidate in ordered(record):
         if candidate["examples"]:
             lines += ["", f"**Where {escaped(candidate['name'])} parts from the base**"]
@@ -114,6 +116,7 @@ def notes(record: Record) -> Iterator[str]:
                 f"{percent(ties)} of the first divergences of {candidate['name']} are near ties "
                 f"(margin under {NEAR_TIE_LOGITS})."
             )
+    yield from task_notes(record)
     if floor["repeated"] > REPEATED_WARNING:
         yield (
             f"{percent(floor['repeated'])} of the base's tokens lie in repeated passages. Loops "
@@ -204,7 +207,7 @@ def _shortened(name: str) -> str:
 
 
 def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[Section]:
-    """Perplexities, breakdowns with so many candidates beside each other, and pairs."""
+    """Perplexities, tasks, breakdowns with so many candidates beside each other, and pairs."""
     candidates = ordered(record)
     if record["noise_floor"]["ppl"]:
         named = [("base", record["noise_floor"])]
@@ -212,6 +215,7 @@ def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Itera
         ways = ("conventional", "context_aware")
         rows = [[name, *("  ".join(estimate(m["ppl"][way])) for way in ways)] for name, m in named]
         yield ("", "conventional", "context-aware"), rows, "Perplexity of the text"
+    yield from task_sections(record, candidates, labels)
     for name, header in _GROUPS:
         if len(record["noise_floor"][name]) > 1:
             step = max(1, n_beside)
