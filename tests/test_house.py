@@ -26,7 +26,7 @@ FLOORS = [
     {"candidates", "conditions", "tasks", "task_files", "task_samples"},
     {"watched"},
     {"backward", "labels", "layerwise", "saliencies", "sensitivities"},
-    {"probe", "sweep", "search"},
+    {"pilot", "probe", "sweep", "search"},
     {"allocation"},
     {"recover"},
     {"pruning"},

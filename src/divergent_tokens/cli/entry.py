@@ -14,6 +14,7 @@ from divergent_tokens.cli.components import components
 from divergent_tokens.cli.compress import compress
 from divergent_tokens.cli.export import export
 from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, print_out, say
+from divergent_tokens.cli.pilot import pilot
 from divergent_tokens.cli.prune import prune
 from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
@@ -53,7 +54,18 @@ def _options(
     pass
 
 
-for command in (compare, complete, components, sweep, search, compress, verify, export, prune):
+for command in (
+    compare,
+    pilot,
+    complete,
+    components,
+    sweep,
+    search,
+    compress,
+    verify,
+    export,
+    prune,
+):
     app.command()(command)
 
 

@@ -41,6 +41,8 @@ class CandidateResult:
     """All that was found out about one candidate."""
 
     name: str
+    divergence: Divergence
+    """Token by token; what the rest is made of."""
     metrics: Metrics
     rows: tuple[Row, ...]
     examples: tuple[Example, ...] = ()
@@ -351,7 +353,7 @@ class _Run:
         )
         rows = rows_of(found, arrays, self.completions, self.base.tokenizer)
         tasks = None if model is None else self.task_results(name, model)
-        return CandidateResult(name, self.summary(found, ppl), rows, examples, tasks)
+        return CandidateResult(name, found, self.summary(found, ppl), rows, examples, tasks)
 
     def task_results(self, name: str, model: Model) -> tuple[TaskResult, ...] | None:
         if self.tasks is None or self.answers is None:

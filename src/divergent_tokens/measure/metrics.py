@@ -187,6 +187,20 @@ class Divergence:
             longest = np.maximum(longest, run)
         return longest
 
+    def beginning(self, n_tokens: int) -> "Divergence":
+        """The same with completions of `n_tokens` at most, as fewer new tokens give it.
+
+        Greedy completions of fewer tokens are the beginnings of longer ones. What is known as a sum
+        over the whole completion only is None: nats and acceptance.
+        """
+        apart = self.apart[:, :n_tokens]
+        return divergence(
+            apart,  # as if the base's tokens were 0, and what differs 1
+            np.zeros_like(apart),
+            self.mask[:, :n_tokens],
+            kl=None if self.kl_per_token is None else self.kl_per_token[:, :n_tokens],
+        )
+
     def subset(self, prompts: Sequence[int]) -> "Divergence":
         """The same for some of the prompts."""
         rows = list(prompts)
