@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 # Another TORCH is another installation.
 RUNTIME := $(VENV)/.runtime-$(subst /,-,$(subst =,-,$(TORCH)))
 DEVELOPMENT := $(VENV)/.development
+DOCUMENTATION := $(VENV)/.documentation
 COMPRESSOR := $(VENV)-llmcompressor/.ready
 
-.PHONY: demo test test-llmcompressor check format bench clean
+.PHONY: demo test test-llmcompressor check docs format bench clean
 
 demo: $(RUNTIME)
 	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --n-prompts 64 --examples 1 --out comparison.json
@@ -26,6 +27,10 @@ check: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Strictly: a broken link, a missing reference or a request to anywhere ends it. Open build/docs/index.html.
+docs: $(DOCUMENTATION)
+	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs build/docs
+
 format: $(DEVELOPMENT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -36,7 +41,7 @@ bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/coverage.py --rows benchmarks/results/coverage-rows.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-llmcompressor
+	rm -rf $(VENV) $(VENV)-llmcompressor build/docs
 
 $(RUNTIME): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +53,10 @@ $(RUNTIME): pyproject.toml
 
 $(DEVELOPMENT): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --editable ".[data,dev]"
+	touch $@
+
+$(DOCUMENTATION): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(COMPRESSOR): pyproject.toml

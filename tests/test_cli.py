@@ -785,3 +785,12 @@ def test_a_full_standard_output_is_one_message(place):
 
 def test_the_version(dtm):
     assert dtm("--version").out == f"dtm {version('divergent-tokens')}\n"
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep", "search", "components", "prune"])
+def test_help_says_what_an_option_takes(dtm, command):
+    """And not how Python calls it."""
+    text = dtm(command, "--help").out
+    for option in ("--scheme SCHEME", "--include PATTERN", "--n-prompts N"):
+        assert option in text or option.split(" ")[0] not in text
+    assert not re.search(r"--[a-z-]+ <list\[", text)

@@ -2,11 +2,12 @@
 
 import doctest
 import re
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from pages import DOCS, PAGES, ROOT, name_of
+
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -35,13 +36,43 @@ def test_the_metrics_page_is_one_of_them():
     assert DOCS / "metrics.md" in pages_with_examples()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=name_of
+)
 def test_links_lead_somewhere(page):
-    text = page.read_text("utf-8")
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (DOCS / target.partition("#")[0]).exists(), target
+    """To a file and a heading that are there; those to the outside have the form of an address."""
+    for target in links(page):
+        if "://" in target:
+            address = urlsplit(target)
+            assert address.scheme == "https", target
+            assert "." in address.netloc, target
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.is_relative_to(ROOT), target
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_bad_links_are_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title: one, two\n\n[a](#b) ![c](d.svg) `[e](f)`\n\n```\n# [g](h)\n```\n")
+    assert links(page) == ["#b", "d.svg"]
+    assert anchors(page) == {"a-title-one-two"}
+
+
+def prose(page):
+    """A page without its fences and what stands as code in its lines."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]+`(?!\])", "", text)
+
+
+def links(page):
+    return re.findall(r"\]\(([^)\s]+)\)", prose(page))
+
+
+def anchors(page):
+    """As GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

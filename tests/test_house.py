@@ -5,6 +5,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import divergent_tokens
 
@@ -179,3 +180,14 @@ def test_every_public_name_is_where_it_is_said_to_be():
     for name in divergent_tokens.__all__:
         assert getattr(divergent_tokens, name).__name__ == name
     assert len(divergent_tokens.__all__) <= 15
+
+
+def test_the_picture_shows_these_floors():
+    """docs/architecture.svg, from the top to the ground: every module and no other."""
+    svg = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.parse(ROOT.parents[1] / "docs" / "architecture.svg")
+    drawn = [
+        {text.text for text in floor.iter(f"{svg}text") if text.get("class") == "module"}
+        for floor in picture.iter(f"{svg}g")
+    ]
+    assert drawn[::-1] == FLOORS

@@ -510,6 +510,8 @@ def test_a_text_too_short_to_train_on(base, tmp_path):
     path.write_text("\n".join(tiny.SENTENCES))
     with pytest.raises(PromptError, match="training needs 8 at least"):
         read_sequences(str(path), base, length=64, n_sequences=100)
+    with pytest.raises(PromptError, match=r"^4 training sequences were asked for"):
+        read_sequences(str(path), base, length=16, n_sequences=4)
     path.write_text("\n".join(tiny.SENTENCES * 20))
     found = read_sequences(str(path), base, length=16, n_sequences=10)
     assert found.ids.shape == (10, 16)

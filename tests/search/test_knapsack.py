@@ -108,3 +108,11 @@ def test_what_cannot_fit_is_an_error():
 def test_of_options_of_the_smallest_size_the_least_harmful():
     harm, size = np.array([[0.0, 3.0, 2.0, np.inf]] * 3), np.array([[9, 4, 4, 1]] * 3)
     assert least_harm(harm, size, 12).options.tolist() == [2, 2, 2]
+
+
+def test_the_solver_prints_nothing(capfd):
+    """HiGHS has a line that no option turns off; this case has it print that line."""
+    harm, size = like_a_sweep(40, 4, seed=13)
+    least_harm(harm, size, int(0.5 * size[:, 0].sum()))
+    print("after it all is as before")
+    assert capfd.readouterr().out == "after it all is as before\n"

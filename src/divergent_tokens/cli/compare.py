@@ -55,18 +55,22 @@ if TYPE_CHECKING:
 def compare(
     base: Base,
     candidates: Annotated[
-        list[str] | None, typer.Argument(help="Models to compare with it.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="CANDIDATE", help="Models to compare with it.", show_default=False),
     ] = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SCHEME",
             help="Compare with the base under a scheme: int8, int8:tensor, int4:g64, "
-            "int4:g64:asym, magnitude:0.5."
+            "int4:g64:asym, magnitude:0.5.",
         ),
     ] = None,
     plan: Annotated[
         list[Path] | None,
-        typer.Option(help="Compare with the base under a plan that `dtm search` wrote."),
+        typer.Option(
+            metavar="FILE", help="Compare with the base under a plan that `dtm search` wrote."
+        ),
     ] = None,
     scores: Annotated[
         list[str] | None,
@@ -99,11 +103,15 @@ def compare(
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Schemes touch only components that match (glob, or re:...)."),
+        typer.Option(
+            metavar="PATTERN", help="Schemes touch only components that match (glob, or re:...)."
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Schemes leave out components that match (glob, or re:...)."),
+        typer.Option(
+            metavar="PATTERN", help="Schemes leave out components that match (glob, or re:...)."
+        ),
     ] = None,
     prompts: Prompts = "builtin",
     n_prompts: NPrompts = 128,

@@ -31,15 +31,15 @@ def components(
     base: Base,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="List only components that match (glob, or re:...)."),
+        typer.Option(metavar="PATTERN", help="List only components that match (glob, or re:...)."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Leave out components that match (glob, or re:...)."),
+        typer.Option(metavar="PATTERN", help="Leave out components that match (glob, or re:...)."),
     ] = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(help="Also tell the bytes under this: int8, int4:g64, ..."),
+        typer.Option(metavar="SCHEME", help="Also tell the bytes under this: int8, int4:g64, ..."),
     ] = None,
     format: Annotated[
         Format, typer.Option("--format", help="How the list is printed.")

@@ -24,7 +24,10 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 def compress(
     base: Base,
     plan: Annotated[
-        Path, typer.Argument(help="The plan that `dtm search` wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PLAN", help="The plan that `dtm search` wrote.", show_default=False
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Write the checkpoint into this folder.", show_default=False)

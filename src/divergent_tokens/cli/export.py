@@ -12,7 +12,10 @@ from divergent_tokens.compress.tools import Tool
 
 def export(
     plan: Annotated[
-        Path, typer.Argument(help="The plan that `dtm search` wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PLAN", help="The plan that `dtm search` wrote.", show_default=False
+        ),
     ],
     to: Annotated[Tool, typer.Option("--to", help="The tool that is to carry it out.")],
     out: Annotated[

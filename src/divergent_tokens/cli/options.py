@@ -33,7 +33,10 @@ class Format(StrEnum):
 
 
 Base = Annotated[
-    str, typer.Argument(help="Hub id, folder, .gguf file, or demo:smollm2.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="BASE", help="Hub id, folder, .gguf file, or demo:smollm2.", show_default=False
+    ),
 ]
 Prompts = Annotated[
     str,
@@ -44,13 +47,16 @@ Prompts = Annotated[
         "hf:DATASET[:CONFIG[:SPLIT]].",
     ),
 ]
-NPrompts = Annotated[int, typer.Option("--n-prompts", min=1, help="How many prompts.")]
+NPrompts = Annotated[int, typer.Option("--n-prompts", metavar="N", min=1, help="How many prompts.")]
 SkipPrompts = Annotated[
-    int, typer.Option("--skip-prompts", min=0, help="Leave out the first so many that would fit.")
+    int,
+    typer.Option(
+        "--skip-prompts", metavar="N", min=0, help="Leave out the first so many that would fit."
+    ),
 ]
-Prefix = Annotated[int, typer.Option("--prefix", min=1, help="Tokens of each prompt.")]
+Prefix = Annotated[int, typer.Option("--prefix", metavar="N", min=1, help="Tokens of each prompt.")]
 NewTokens = Annotated[
-    int, typer.Option("--new-tokens", min=1, help="Most tokens of each completion.")
+    int, typer.Option("--new-tokens", metavar="N", min=1, help="Most tokens of each completion.")
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Each document is a user's turn in the chat template.")
@@ -77,7 +83,9 @@ TextField = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, help="Sequences at once; found by trying if left out."),
+    typer.Option(
+        "--batch-size", metavar="N", min=1, help="Sequences at once; found by trying if left out."
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
 MaxMemory = Annotated[
@@ -102,6 +110,7 @@ Seed = Annotated[
     int,
     typer.Option(
         "--seed",
+        metavar="N",
         min=0,
         max=2**32 - 1,
         help="For resampling, drawn prompts and the rounding floor.",
@@ -120,10 +129,12 @@ Share = Annotated[
     ),
 ]
 Bits = Annotated[
-    float | None, typer.Option("--bits", min=0, help="Bits a weight under the plan, on average.")
+    float | None,
+    typer.Option("--bits", metavar="N", min=0, help="Bits a weight under the plan, on average."),
 ]
 Count = Annotated[
-    int | None, typer.Option("--count", min=1, help="How many components are converted.")
+    int | None,
+    typer.Option("--count", metavar="N", min=1, help="How many components are converted."),
 ]
 Couple = Annotated[
     Coupling | None,

@@ -148,9 +148,11 @@ def prune(
     ] = False,
     include: Annotated[
         list[str] | None,
-        typer.Option("--include", help="Only these (globs, or re:...)."),
+        typer.Option("--include", metavar="PATTERN", help="Only these (globs, or re:...)."),
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Not these.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these.")
+    ] = None,
     prompts: Prompts = "builtin",
     n_prompts: NPrompts = 64,
     skip_prompts: SkipPrompts = 0,

@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 
 def search(
     sweep: Annotated[
-        Path, typer.Argument(help="The file that `dtm sweep` wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="SWEEP", help="The file that `dtm sweep` wrote.", show_default=False
+        ),
     ],
     budget: Share = None,
     bits: Bits = None,
@@ -54,10 +57,15 @@ def search(
     out: Annotated[Path | None, typer.Option(help="Write plan.json here.")] = None,
     rank_by: Annotated[
         list[RankBy] | None,
-        typer.Option(help="What counts as harm; kl if left out. Several are for --curve."),
+        typer.Option(
+            metavar="ORDER",
+            help="What counts as harm: kl (if left out), fdt, sdt, dppl, ppl, weight-error. "
+            "Several are for --curve.",
+        ),
     ] = None,
     scheme: Annotated[
-        list[str] | None, typer.Option(help="Choose among these of the sweep's schemes only.")
+        list[str] | None,
+        typer.Option(metavar="SCHEME", help="Choose among these of the sweep's schemes only."),
     ] = None,
     method: Annotated[
         Method,
@@ -98,14 +106,24 @@ def search(
         str | None,
         typer.Option(metavar="BASE", help="The base to measure on, if it was moved since."),
     ] = None,
-    n_prompts: Annotated[int, typer.Option("--n-prompts", min=1, help="How many prompts.")] = 128,
+    n_prompts: Annotated[
+        int, typer.Option("--n-prompts", metavar="N", min=1, help="How many prompts.")
+    ] = 128,
     skip_prompts: SkipPrompts = 0,
     prefix: Annotated[
-        int | None, typer.Option("--prefix", min=1, help="Tokens of each prompt; as the sweep had.")
+        int | None,
+        typer.Option(
+            "--prefix", metavar="N", min=1, help="Tokens of each prompt; as the sweep had."
+        ),
     ] = None,
     new_tokens: Annotated[
         int | None,
-        typer.Option("--new-tokens", min=1, help="Most tokens of a completion; as the sweep had."),
+        typer.Option(
+            "--new-tokens",
+            metavar="N",
+            min=1,
+            help="Most tokens of a completion; as the sweep had.",
+        ),
     ] = None,
     chat: Chat = False,
     text_field: TextField = "text",
@@ -121,7 +139,9 @@ def search(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", min=0, max=2**32 - 1, help="For folds, resamples, drawn prompts."),
+        typer.Option(
+            "--seed", metavar="N", min=0, max=2**32 - 1, help="For folds, resamples, drawn prompts."
+        ),
     ] = 0,
     calibration: CalibrationSource = "builtin",
     cache: Cache = None,

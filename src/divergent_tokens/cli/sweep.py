@@ -65,7 +65,8 @@ class Method(StrEnum):
 def sweep(
     base: Base,
     scheme: Annotated[
-        list[str], typer.Option(help="What is done to each component: int8, int4:g64, ...")
+        list[str],
+        typer.Option(metavar="SCHEME", help="What is done to each component: int8, int4:g64, ..."),
     ],
     out: Annotated[Path, typer.Option(help="Keep the rows here; what is there is not done again.")],
     method: Annotated[
@@ -89,11 +90,11 @@ def sweep(
     ] = Format.text,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Sweep only components that match (glob, or re:...)."),
+        typer.Option(metavar="PATTERN", help="Sweep only components that match (glob, or re:...)."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Leave out components that match (glob, or re:...)."),
+        typer.Option(metavar="PATTERN", help="Leave out components that match (glob, or re:...)."),
     ] = None,
     prompts: Prompts = "builtin",
     n_prompts: NPrompts = 128,

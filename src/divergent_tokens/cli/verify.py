@@ -38,7 +38,9 @@ from divergent_tokens.errors import RecordError
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What `dtm compress` wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `dtm compress` wrote.", show_default=False)
+    ],
     base: Annotated[
         str | None,
         typer.Option(metavar="BASE", help="The base, if it was moved since the plan was made."),

@@ -51,6 +51,10 @@ def read_sequences(
     of sequence stands between two. What is left at a source's end is not used. Raises PromptError
     where there are fewer than `FEWEST`.
     """
+    if n_sequences < FEWEST:
+        raise PromptError(
+            f"{n_sequences} training sequences were asked for; expected {FEWEST} at least"
+        )
     sources = [sources] if isinstance(sources, str) else list(sources)
     parts: list[NDArray[np.int64]] = []
     for done, source in enumerate(sources):

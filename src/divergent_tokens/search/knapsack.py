@@ -8,7 +8,11 @@ then closes the gap, given only those options that could be in a better choice a
 """
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,17 +203,35 @@ def _milp(
     row_of = np.unique(components, return_inverse=True)[1]
     one_each = csr_array((np.ones(n), (row_of, np.arange(n))), shape=(row_of.max() + 1, n + 1))
     size = np.append(extra / unit, 1.0)[np.newaxis]
-    result = milp(
-        np.append(cost, price * unit),
-        integrality=np.append(np.ones(n), 0),
-        bounds=Bounds(0, np.append(np.ones(n), 1 / (price * unit))),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size, room / unit, room / unit),
-        ],
-        options={"time_limit": PROOF_SECONDS, "mip_rel_gap": 0.0},
-    )
+    with _no_output():
+        result = milp(
+            np.append(cost, price * unit),
+            integrality=np.append(np.ones(n), 0),
+            bounds=Bounds(0, np.append(np.ones(n), 1 / (price * unit))),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(size, room / unit, room / unit),
+            ],
+            options={"time_limit": PROOF_SECONDS, "mip_rel_gap": 0.0},
+        )
     if result.mip_dual_bound is None and result.x is None:
         return None
     chosen = None if result.x is None else result.x[:n] > 0.5
     return chosen, float(result.mip_dual_bound or 0.0), result.status == 0
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Nothing on the standard output, where HiGHS prints a line that no option turns off."""
+    try:
+        own = os.dup(1)
+    except OSError:  # closed by the shell
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
