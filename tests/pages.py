@@ -34,7 +34,7 @@ SMALLER = {
 LARGE = {
     "compare": ("--n-prompts", "--new-tokens"),
     "complete": ("--n-prompts", "--new-tokens"),
-    "pilot": ("--prefix", "--new-tokens"),
+    "pilot": ("--new-tokens",),
     "sweep": ("--n-prompts", "--new-tokens"),
     "verify": ("--n-prompts", "--new-tokens"),
     "prune": ("--n-prompts", "--new-tokens", "--n-sequences", "--length"),
