@@ -38,6 +38,7 @@ format: $(DEVELOPMENT)
 bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/speed.py --n-prompts 16 --repeat 3
+	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/coverage.py --rows benchmarks/results/coverage-rows.json
 
 clean:

@@ -794,3 +794,14 @@ def test_help_says_what_an_option_takes(dtm, command):
     for option in ("--scheme SCHEME", "--include PATTERN", "--n-prompts N"):
         assert option in text or option.split(" ")[0] not in text
     assert not re.search(r"--[a-z-]+ <list\[", text)
+
+
+def test_compare_makes_a_page_too(compare, tmp_path):
+    page, out = tmp_path / "page.html", tmp_path / "comparison.json"
+    left = compare("--scheme", "int4", "--report", page, "--out", out)
+    assert left.code == 0, left.err
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    left = compare("--scheme", "int4", "--report", out, "--out", out)
+    assert "two files" in left.err
+    left = compare("--scheme", "int4", "--report", tmp_path / "no" / "page.html")
+    assert "does not exist" in left.err

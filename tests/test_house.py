@@ -27,6 +27,7 @@ FLOORS = [
     {"candidates", "conditions", "tasks", "task_files", "task_samples"},
     {"watched"},
     {"backward", "labels", "layerwise", "saliencies", "sensitivities"},
+    {"noise"},
     {"pilot", "probe", "sweep", "search"},
     {"allocation"},
     {"recover"},

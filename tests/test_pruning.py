@@ -25,6 +25,7 @@ from divergent_tokens.models import load_model
 from divergent_tokens.pruning import Settings, prune
 from divergent_tokens.recover import Recovery, Training, hold, schedule
 from divergent_tokens.report.pruning import pruning_markdown
+from divergent_tokens.report.records import read_source
 from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
 from divergent_tokens.saliencies import _gradients as gradients_of
 
@@ -392,6 +393,7 @@ def test_a_pruning_writes_exact_zeros_and_its_record(base, tmp_path, criterion, 
     assert [one["round"] for one in record["rounds"]] == [1, 2]
     assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.03)
     assert json.loads((tmp_path / "out" / "pruning.json").read_text()) == record
+    assert read_source(tmp_path / "out" / "pruning.json").kind == "pruning"  # by its schema
     loaded = load_model(tmp_path / "out", device="cpu")
     zeros = {c["name"]: c["n_zero"] for c in record["components"]}
     for component in of(loaded):

@@ -18,6 +18,7 @@ from divergent_tokens.measure.completions import complete
 from divergent_tokens.measure.prompts import read_prompts
 from divergent_tokens.models import load_model
 from divergent_tokens.probe import kl_of, probe
+from divergent_tokens.report.records import read_source
 from divergent_tokens.sensitivities import (
     ComponentRow,
     PromptRow,
@@ -242,6 +243,7 @@ def test_a_curve_of_two_orders(search, place, tmp_path):
     assert (left.code, left.err) == (0, "")
     record = json.loads(curve.read_text())
     assert record["schema"] == "divergent-tokens/curve/1"
+    assert read_source(curve).kind == "curve"  # by its schema
     points = record["points"]
     assert [(p["rank_by"], p["n_components"]) for p in points] == [
         (order, n) for order in ("kl", "weight-error") for n in (3, 14)

@@ -80,6 +80,10 @@ def compare(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write comparison.json here.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE", help="Write a page for a browser here, as dtm report does."),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,8 +162,11 @@ def compare(
     _check_decidable(
         conditions, has_text=text is not None, has_tasks=tasks is not None, engines=list(files)
     )
-    if out:
-        check_out(out, base, *(candidates or ()), *files.values(), *(plan or ()), text, prompts)
+    read = base, *(candidates or ()), *files.values(), *(plan or ()), text, prompts
+    for target in filter(None, (out, report)):
+        check_out(target, *read)
+    if report:
+        _check_report(report, out)
 
     from divergent_tokens.candidates import (
         check_names,
@@ -254,8 +261,29 @@ def compare(
     record = result.to_json()
     if out:
         write_json(out, record)
+    if report:
+        _write_report(report, record, out)
     _print_comparison(record, format)
     _fail_where_true(conditions, record)
+
+
+def _check_report(report: Path, out: Path | None) -> None:
+    """Raise before an hour's work for a page that could not be made after it."""
+    from divergent_tokens.report.page import check_extra
+
+    check_extra()
+    if out is not None and report.resolve() == out.resolve():
+        raise DivergentTokensError(f"--out and --report are both {out}; name two files")
+
+
+def _write_report(report: Path, record: dict[str, Any], out: Path | None) -> None:
+    from divergent_tokens.noise import noise
+    from divergent_tokens.report.page import page
+    from divergent_tokens.report.records import Source
+    from divergent_tokens.store import write_text
+
+    source = Source(out or Path("comparison.json"), "comparison", record, noise(record))
+    write_text(report, page([source]))
 
 
 def _scores_files(values: list[str]) -> dict[str, Path]:

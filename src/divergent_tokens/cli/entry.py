@@ -16,6 +16,7 @@ from divergent_tokens.cli.export import export
 from divergent_tokens.cli.output import BAD_INPUT, BUG, BY_SIGNAL, drop_output, print_out, say
 from divergent_tokens.cli.pilot import pilot
 from divergent_tokens.cli.prune import prune
+from divergent_tokens.cli.report import report
 from divergent_tokens.cli.search import search
 from divergent_tokens.cli.signals import leave_at_once, on_signals, received, stopped_by
 from divergent_tokens.cli.sweep import sweep
@@ -54,7 +55,7 @@ def _options(
     pass
 
 
-for command in (
+COMMANDS = (
     compare,
     pilot,
     complete,
@@ -65,7 +66,9 @@ for command in (
     verify,
     export,
     prune,
-):
+    report,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -24,6 +24,7 @@ from divergent_tokens.measure.head import Head, find_head, kept_head
 from divergent_tokens.measure.metrics import Divergence, divergence
 from divergent_tokens.measure.pairs import Pair, compare_pairs
 from divergent_tokens.measure.perplexity import perplexity
+from divergent_tokens.measure.pieces import pieces
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.measure.rounding import lent_rounding
@@ -128,6 +129,9 @@ class Comparison:
             "tasks": None if self.tasks is None else self.tasks.to_json(),
         }
 
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.base.tokenizer.decode(ids))
+
     def _prompts_json(self) -> dict[str, Any]:
         c = self.completions
         return {
@@ -142,6 +146,10 @@ class Comparison:
             "ignore_eos": c.ignore_eos,
             "decoding": c.decoding,
             "texts": [prompt.text for prompt in c.prompts.prompts],
+            "completions": [
+                pieces(self._decode, row[:length].tolist())
+                for row, length in zip(c.ids, c.lengths, strict=True)
+            ],
             "margins": [
                 [round(float(m), 4) for m in row[:length]]
                 for row, length in zip(self.margins, c.lengths, strict=True)

@@ -1,1 +1,1 @@
-"""Records in, tables out; runs no model."""
+"""Records in; tables, figures and pages out. Runs no model."""

@@ -23,13 +23,13 @@ BEYOND = 0.9
 def pruning_text(record: Record) -> RenderableType:
     """The pruning for a terminal: title, rounds, kinds of matrices, notes."""
     record = harmless(record)
-    return text_page(title(record), _sections(record), notes(record))
+    return text_page(title(record), sections(record), notes(record))
 
 
 def pruning_markdown(record: Record) -> str:
     """The same as Markdown."""
     record = harmless(record)
-    return markdown_page(title(record), _sections(record), notes(record))
+    return markdown_page(title(record), sections(record), notes(record))
 
 
 def title(record: Record) -> str:
@@ -44,7 +44,8 @@ def title(record: Record) -> str:
     )
 
 
-def _sections(record: Record) -> Iterator[Section]:
+def sections(record: Record) -> Iterator[Section]:
+    """Rounds, the end with intervals, and zeros by kind."""
     rows = []
     for one in record["rounds"]:
         after = one["after"]
@@ -112,4 +113,5 @@ def notes(record: Record) -> Iterator[str]:
         "Zeros alone make nothing faster: weights are stored dense, and no common server skips "
         "them."
     )
-    yield f"Written to {record['folder']}, the record as pruning.json in it."
+    if "folder" in record:  # not in the file, which may have been moved
+        yield f"Written to {record['folder']}, the record as pruning.json in it."

@@ -31,7 +31,7 @@ REPEATED_WARNING = 0.3
 LONGEST_NAME = 28
 """Longer names are shortened in a terminal's tables; they may fold onto a row's second line."""
 
-_HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
+HEADERS = ("", "FDT", "SDT", "KL", "DPPL", "survival", "acceptance", "identical")
 _GROUPS = (("by_domain", "domain"), ("by_language", "language"))
 
 
@@ -57,7 +57,7 @@ def comparison_text(record: Record, *, width: int = 80) -> RenderableType:
     record = harmless(record)
     labels = _labels(record)
     parts: list[RenderableType] = [Text(title(record) + "\n")]
-    parts.append(_main_table(list(_cells(record, labels)), width))
+    parts.append(_main_table(list(cells(record, labels)), width))
     parts += [table(*section) for section in _sections(record, labels, (width - 24) // 14)]
     for candidate in ordered(record):
         if candidate["examples"]:
@@ -72,11 +72,11 @@ def comparison_markdown(record: Record) -> str:
     """The same as Markdown, for a model card."""
     record = harmless(record)
     names = {candidate["name"]: candidate["name"] for candidate in record["candidates"]}
-    cells = [[on_one_line(cell) for cell in row] for row in _cells(record, names)]
-    lines = [escaped(title(record)), "", *markdown_table(_HEADERS, cells)]
+    on_lines = [[on_one_line(cell) for cell in row] for row in cells(record, names)]
+    lines = [escaped(title(record)), "", *markdown_table(HEADERS, on_lines)]
     for columns, rows, heading in _sections(record, names, len(names)):
-        cells = [[on_one_line(cell) for cell in row] for row in rows]
-        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, cells)]
+        on_lines = [[on_one_line(cell) for cell in row] for row in rows]
+        lines += ["", f"**{escaped(heading)}**", "", *markdown_table(columns, on_lines)]
     for candidate in ordered(record):
         if candidate["examples"]:
             lines += ["", f"**Where {escaped(candidate['name'])} parts from the base**"]
@@ -149,19 +149,20 @@ def notes(record: Record) -> Iterator[str]:
 def _main_table(rows: Sequence[Sequence[str]], width: int) -> Table:
     """As many of the columns as fit, from the left; two at least."""
     widths = [
-        GAP + max(cell_len(line) for row in (_HEADERS, *rows) for line in row[i].split("\n"))
-        for i in range(len(_HEADERS))
+        GAP + max(cell_len(line) for row in (HEADERS, *rows) for line in row[i].split("\n"))
+        for i in range(len(HEADERS))
     ]
     widths[0] = min(widths[0], GAP + LONGEST_NAME // 2)  # a name has two lines
     n_columns = max(n for n in range(1, len(widths) + 1) if n <= 2 or sum(widths[:n]) <= width)
-    built = table(_HEADERS[:n_columns], ())
+    built = table(HEADERS[:n_columns], ())
     built.columns[0].max_width = max(widths[0] - GAP, width - sum(widths[1:n_columns]) - GAP)
     for i, cells in enumerate(rows):
         built.add_row(*map(Text, cells[:n_columns]), style="dim" if i < 2 else "")
     return built
 
 
-def _cells(record: Record, labels: Mapping[str, str]) -> Iterator[list[str]]:
+def cells(record: Record, labels: Mapping[str, str]) -> Iterator[list[str]]:
+    """The rows under `HEADERS`: the two floors, then the candidates, best first."""
     yield _row("noise floor", record["noise_floor"])
     yield _row("rounding", record["rounding"])
     for candidate in ordered(record):

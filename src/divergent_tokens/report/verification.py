@@ -20,13 +20,13 @@ _METRICS = ("fdt", "sdt", "kl", "dppl")
 def verification_text(record: Record) -> RenderableType:
     """For a terminal: verdict, checks, what was measured, notes."""
     record = harmless(record)
-    return text_page(title(record), _sections(record), notes(record))
+    return text_page(title(record), sections(record), notes(record))
 
 
 def verification_markdown(record: Record) -> str:
     """The same as Markdown."""
     record = harmless(record)
-    return markdown_page(title(record), _sections(record), notes(record))
+    return markdown_page(title(record), sections(record), notes(record))
 
 
 def title(record: Record) -> str:
@@ -38,7 +38,8 @@ def title(record: Record) -> str:
     )
 
 
-def _sections(record: Record) -> Iterator[Section]:
+def sections(record: Record) -> Iterator[Section]:
+    """The checks, and what was measured."""
     rows = [
         [check["name"], "✓" if check["passed"] else "✗", check["found"]]
         for check in record["checks"]
