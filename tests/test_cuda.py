@@ -15,9 +15,12 @@ from divergent_tokens.measure.decoding import can_decode, decode
 from divergent_tokens.measure.generation import generate
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.layer_runs import LayerRuns
+from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import load_model
 from divergent_tokens.offload import is_offloaded
 from divergent_tokens.probe import probe
+from divergent_tokens.recover import Recovery, Training, hold
+from divergent_tokens.replicas import training_devices
 from divergent_tokens.sweep import sweep
 
 import offloaded  # isort: skip
@@ -158,3 +161,38 @@ def test_layers_on_two_gpus(architecture, tmp_path):
     ]
     for a, b in zip(*rows, strict=True):
         assert a.kl == pytest.approx(b.kl, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gpt2"])
+def test_training_on_two_gpus(architecture, checkpointing):
+    base = on_gpu(architecture)
+    sequences = Sequences(np.random.default_rng(1).integers(4, 200, (12, 16)), "random")
+    training = Training(
+        batch_size=8, micro_batch=2, learning_rate=1e-2, loss="both", checkpointing=checkpointing
+    )
+    devices = training_devices(base.network)
+    assert devices[0] == base.network.device
+    assert len(devices) == torch.cuda.device_count()
+    found = []
+    for used in ((), devices[:2], devices[:2]):
+        network = runs.noisy(runs.model(architecture), 0.3).network.to("cuda")
+        masks = {n: p.detach().abs() > 0.1 for n, p in network.named_parameters() if p.ndim >= 2}
+        hold(network, masks)
+        recovery = Recovery(
+            network, base.network, sequences, training, total_steps=20, seed=0, devices=used
+        )
+        losses = [recovery.run(10, masks) for _ in range(2)]
+        assert losses[1] < losses[0]
+        assert all(not network.get_parameter(n)[~mask].any() for n, mask in masks.items())
+        assert {p.device for p in network.parameters()} == {devices[0]}
+        found.append((losses, recovery))
+    alone, *together = [losses for losses, _ in found]
+    for losses in together:
+        assert losses == pytest.approx(alone, rel=1e-2)  # products are in bfloat16
+    (copy,) = found[1][1]._replicas._copies
+    assert {t.device for t in (*copy.network.parameters(), *copy.network.buffers())} == {devices[1]}
+    assert {p.device for p in copy.teacher.parameters()} == {devices[1]}
+    moments = [v["exp_avg"] for v in found[1][1]._optimizer.state.values()]
+    assert {moment.device for moment in moments} == {devices[0]}

@@ -135,6 +135,7 @@ def prune(
     *,
     plan: PlanFile | None = None,
     text: str | None = None,
+    devices: Sequence[torch.device | str] = (),
     batch_size: int | None = None,
     overwrite: bool = False,
     cache: Path | None = None,
@@ -146,8 +147,9 @@ def prune(
     What matters is seen, and trained, on the sequences; FDT, SDT and KL are against the base on the
     prompts, PPL on the text. With a `plan` for the base all of this is of the pruned model under
     the plan, whose weights are trained as they are without it; a plan.json for what was written
-    lies beside it. The base's network is not changed. Rounds are kept beside `out` until
-    it is there, so that a pruning that was stopped goes on.
+    lies beside it. The base's network is not changed. Rounds are kept beside `out` until it is
+    there, so that a pruning that was stopped goes on. `devices` train together (see `Recovery`);
+    everything else is done on the first, the base's own.
 
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
     overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
@@ -159,7 +161,7 @@ def prune(
     if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
         raise RecordError(f"{out} is the base itself; write to another folder")
     by_kl = settings.allocate == "kl" and settings.pattern is None
-    check_components(components, settings.criterion, with_harm=by_kl)
+    check_components(base.network, components, settings.criterion, with_harm=by_kl)
     if settings.pattern is not None:
         check_pattern(*settings.pattern, components)
     stacked = [c.name for c in components if c.stack_index is not None]
@@ -173,7 +175,7 @@ def prune(
     ground = _Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
-    run = _Run(model, base, components, sequences, settings, ground, progress)
+    run = _Run(model, base, components, sequences, settings, ground, devices, progress)
     kept = _Rounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text, plan))
     records = kept.load(run)
     for number, target in enumerate(run.targets):
@@ -206,6 +208,7 @@ def prune(
             "prefix": prompts.prefix,
             "new_tokens": settings.new_tokens,
         },
+        "trained_on": [str(device) for device in devices or (base.device,)],
         "base_ppl": ground.base_ppl,
         "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,
@@ -370,6 +373,7 @@ class _Run:
         sequences: Sequences,
         settings: Settings,
         ground: _Ground,
+        devices: Sequence[torch.device | str],
         progress: Progress,
     ) -> None:
         self.model, self.base, self.components = model, base, components
@@ -382,6 +386,7 @@ class _Run:
             else list(schedule(settings.sparsity, settings.rounds))
         )
         self.cut: Cut | None = None
+        self._unseen: tuple[str, ...] = ()
         self.masks: dict[str, Tensor] = {}
         """Of parameters as they are stored."""
         self.recovery: Recovery | None = None
@@ -393,6 +398,7 @@ class _Run:
                 settings.training,
                 total_steps=settings.rounds * settings.training.steps,
                 seed=settings.seed,
+                devices=devices,
             )
 
     def key(self, prompts: PromptSet, text: str | None, plan: PlanFile | None) -> dict[str, Any]:
@@ -427,6 +433,7 @@ class _Run:
             "loss": loss,
             "before": before,
             "after": after,
+            "unseen": list(self._unseen),
             "sparsities": {
                 c.name: share for c, share in zip(self.components, self.cut.sparsities, strict=True)
             },
@@ -471,6 +478,7 @@ class _Run:
             seed=settings.seed * 1000 + number,
         )
         self._progress(f"saliency, round {number + 1}", 1, 1, "")
+        self._unseen = found.unseen
         fdt = None
         if settings.allocate in MEASURED and settings.pattern is None:
 

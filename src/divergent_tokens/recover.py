@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from divergent_tokens.errors import DivergentTokensError, RecordError
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.sequences import Sequences
+from divergent_tokens.replicas import Replicas
 
 Loss = Literal["distill", "ce", "both"]
 WARM_UP = 50
@@ -29,7 +30,7 @@ class Training:
     batch_size: int = 16
     """Sequences of a step."""
     micro_batch: int = 16
-    """Sequences at once; gradients of a step's are added up."""
+    """Sequences at once on a device, at most; gradients of a step's are added up."""
     learning_rate: float = 3e-4
     loss: Loss = "distill"
     """KL(base ‖ model), cross-entropy of the text, or half of each."""
@@ -60,10 +61,16 @@ class Recovery:
         *,
         total_steps: int,
         seed: int,
+        devices: Sequence[torch.device | str] = (),
     ) -> None:
-        """All parameters are trained; on a GPU in bfloat16 autocast, weights in float32."""
+        """All parameters are trained; on a GPU in bfloat16 autocast, weights in float32.
+
+        `devices`: the network's own, and others that compute a part of each step on copies of
+        network and teacher; the optimizer is on the first alone. Results are the same but for
+        rounding, whatever they are.
+        """
         self._training, self._total, self._seed = training, total_steps, seed
-        self._sequences, self._teacher = torch.from_numpy(sequences.ids), teacher
+        self._sequences = torch.from_numpy(sequences.ids)
         if training.steps and network.dtype != torch.float32:
             raise DivergentTokensError(
                 f"weights of {network.dtype} would not move by small steps; train in float32 "
@@ -71,7 +78,7 @@ class Recovery:
             )
         network.requires_grad_(True)
         if training.checkpointing:
-            network.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+            _make_activations_again(network)
         self._names = {id(p): name for name, p in network.named_parameters()}
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
@@ -79,6 +86,9 @@ class Recovery:
         # accelerate would leave its autocast in the network's forward, and so in all measurements.
         self._network: Any = network
         self._optimizer = optimizer
+        wanted = None if training.loss == "ce" else teacher
+        # No copy for which a step has no sequence.
+        self._replicas = Replicas(network, wanted, devices[: training.batch_size])
         self.step = 0
         """Steps that were taken, of all rounds."""
 
@@ -95,30 +105,24 @@ class Recovery:
         Raises NotFiniteError at the first loss that is no number.
         """
         losses = []
-        # Without dropout, which would be noise against the base's own distribution; layers make
-        # activations again in training mode only.
-        self._network.train(self._training.checkpointing)
+        self._replicas.train(self._training.checkpointing)
         try:
             for done in range(n_steps):
                 losses.append(self._take_step(masks))
                 progress(name, done + 1, n_steps, f"steps, loss {losses[-1]:.3f}")
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._network.eval()
+            self._replicas.clear_gradients()
+            self._replicas.train(False)
         return float(np.mean(losses)) if losses else float("nan")
 
     def _take_step(self, masks: Mapping[str, Tensor]) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
         ids = self._drawn()
-        total = 0.0
-        parts = torch.split(ids, self._training.micro_batch)
-        for part in parts:
-            loss = self._loss(part) * (len(part) / len(ids))
-            if not bool(torch.isfinite(loss)):
-                raise NotFiniteError(f"the loss is {float(loss.detach())} at step {self.step + 1}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        n_devices = len(self._replicas)
+        size = min(self._training.micro_batch, -(-len(ids) // n_devices))
+        self._replicas.send_weights()
+        losses = self._replicas.backward(torch.split(ids, size), self._backward)
         norm = nn.utils.clip_grad_norm_(self._network.parameters(), 1.0)
         if not bool(torch.isfinite(norm)):
             raise NotFiniteError(f"gradients are not finite at step {self.step + 1}")
@@ -126,7 +130,16 @@ class Recovery:
         self._optimizer.zero_grad(set_to_none=True)
         hold(self._network, masks)
         self.step += 1
-        return total
+        return sum(losses)
+
+    def _backward(self, network: Any, teacher: Any, ids: Tensor) -> float:
+        """The part of a step's loss that these sequences are; its gradients are added up."""
+        loss = self._loss(network, teacher, ids) * (len(ids) / self._training.batch_size)
+        value = float(loss.detach())
+        if not isfinite(value):
+            raise NotFiniteError(f"the loss is {value} at step {self.step + 1}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        return value
 
     def _rate(self) -> float:
         warm = min(1.0, (self.step + 1) / WARM_UP)
@@ -137,18 +150,19 @@ class Recovery:
         """A step's sequences [sequence, token]; they depend on seed and step."""
         rng = np.random.default_rng([self._seed, self.step])
         rows = rng.integers(0, len(self._sequences), self._training.batch_size)
-        return self._sequences[rows].to(self._network.device)
+        return self._sequences[rows]
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def _loss(self, network: Any, teacher: Any, ids: Tensor) -> Tensor:
         kind = self._training.loss
         on_gpu = ids.device.type == "cuda"
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu):
-            logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
+        # Its cache of weights in bfloat16 is one for all threads, and each would clear the others'.
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            logits: Tensor = network(input_ids=ids, use_cache=False).logits
             logps = logits[:, :-1].float().log_softmax(-1)
             loss = logps.new_zeros(())
             if kind != "ce":
                 with torch.no_grad():
-                    wanted = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+                    wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
                     wanted = wanted.float().log_softmax(-1)
                 loss = (
                     loss
@@ -183,6 +197,12 @@ class Recovery:
                 key: value.clone() if key == "step" else value.to(parameter.device)
                 for key, value in moments.items()
             }
+
+
+def _make_activations_again(network: Any) -> None:
+    """In training mode, by the method's name in this version of transformers."""
+    name = "activation_checkpointing_enable"
+    getattr(network, name, network.gradient_checkpointing_enable)()
 
 
 @torch.no_grad()

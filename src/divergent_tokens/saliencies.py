@@ -7,8 +7,9 @@ smoothed to the product of its row and column means, which has Wanda's form: an 
 an output's (Sun et al. 2024).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,15 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from divergent_tokens.backward import outer
 from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts
 from divergent_tokens.compress.units import Unit, whole
 from divergent_tokens.errors import ModelError, SchemeError
-from divergent_tokens.labels import draw_labels
-from divergent_tokens.measure.head import Head, find_head
+from divergent_tokens.gradients import BATCH, sequence_gradients, stack_members
+from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.progress import Progress, silent
-from divergent_tokens.measure.scores import chunk_tokens
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model
 from divergent_tokens.offload import is_offloaded
@@ -33,13 +34,8 @@ from divergent_tokens.offload import is_offloaded
 Criterion = Literal["magnitude", "wanda", "fisher"]
 SMOOTHED = 0.5
 """The share of F that is smoothed."""
-BATCH = 4
-"""Sequences at once; each one's gradient is looked at on its own."""
 LEVELS = tuple(np.round([*np.arange(0, 0.96, 0.05), 0.98, 0.99], 2).tolist())
 """Shares that harm is told for."""
-
-Meet = Callable[[int, Tensor], None]
-"""A component's number and its gradients by sequence [sequence, out, in]."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,24 @@ class Saliencies:
     """Of each component, [out, in], float32, not negative; in nats per token for `fisher`."""
     harm: NDArray[np.float64] | None
     """KL in nats per token by `LEVELS`, second order, by the gradients; [unit, level]"""
+    unseen: tuple[str, ...] = ()
+    """Experts that no token was sent to; they count as the average of their layer's others."""
 
 
 def check_components(
-    components: Sequence[Component], criterion: Criterion, *, with_harm: bool = False
+    network: PreTrainedModel,
+    components: Sequence[Component],
+    criterion: Criterion,
+    *,
+    with_harm: bool = False,
 ) -> None:
-    """Raise SchemeError for what is not pruned, or a criterion cannot see."""
+    """Raise SchemeError for what is not pruned, ModelError for experts that cannot be seen."""
     ends = [c.name for c in components if c.is_end]
     if ends:
         raise SchemeError(f"{ends[0]} is not pruned: only matrices of the layers are; exclude it")
-    stacked = [c.name for c in components if c.expert is not None]
-    if stacked and (criterion != "magnitude" or with_harm):
-        raise SchemeError(
-            f"{criterion}{', allotted by kl,' if with_harm else ''} needs what goes into each "
-            f"matrix, and experts ({stacked[0]}) see some tokens only; exclude them, or take "
-            "--criterion magnitude --allocate uniform"
-        )
+    if criterion != "magnitude" or with_harm:
+        with open_experts(network, components, lambda inputs, times: times(inputs.x)):
+            pass
 
 
 @torch.no_grad()
@@ -88,11 +86,10 @@ def find_saliencies(
     """Saliencies of the model as it is now, on some sequences drawn by the seed.
 
     `units`: whole components if left out. `by_rows`: harm is of letting the least of each row of a
-    unit go. `with_harm` costs backward passes for
-    every criterion; with a `teacher`, from which the model has moved, the slope of
-    KL(teacher ‖ model) is part of it.
+    unit go. `with_harm` costs backward passes for every criterion; with a `teacher`, from which the
+    model has moved, the slope of KL(teacher ‖ model) is part of it.
     """
-    check_components(components, criterion, with_harm=with_harm)
+    check_components(model.network, components, criterion, with_harm=with_harm)
     units = whole(components) if units is None else tuple(units)
     if is_offloaded(model.network):
         raise ModelError(
@@ -103,16 +100,21 @@ def find_saliencies(
     n = min(n_sequences, len(sequences.ids))
     ids = torch.from_numpy(sequences.ids[rng.permutation(len(sequences.ids))[:n]])
     weights = [weight_of(model.network, c).float() for c in components]
+    seen = frozenset(range(len(components)))
     if criterion == "wanda":
-        norms = _input_norms(model, components, ids)
+        norms, seen = _input_norms(model, components, ids)
         values = [w.abs() * norm for w, norm in zip(weights, norms, strict=True)]
+        for i in _unseen(components, seen):
+            values[i] = weights[i].abs()
     elif criterion == "fisher":
         squares = [torch.zeros_like(w) for w in weights]
 
         def add_squares(i: int, gradients: Tensor) -> None:
             squares[i] += gradients.square().sum(0)
 
-        _gradients(model, components, ids, add_squares, seed, None, progress)
+        seen = sequence_gradients(model, components, ids, add_squares, seed, None, progress)
+        for i, others in _unseen(components, seen).items():
+            squares[i].fill_(float(np.mean([float(squares[j].mean()) for j in others])))
         n_tokens = n * (ids.shape[1] - 1)
         values = [
             0.5 * w.square() * _smoothed(square / n_tokens)
@@ -122,8 +124,38 @@ def find_saliencies(
         values = [w.abs() for w in weights]
     harm = None
     if with_harm:
-        harm = _harm(model, components, units, values, ids, by_rows, teacher, seed, progress)
-    return Saliencies(tuple(units), tuple(values), harm)
+        harm, seen = _harm(model, components, units, values, ids, by_rows, teacher, seed, progress)
+    unseen = tuple(components[i].name for i in _unseen(components, seen))
+    return Saliencies(tuple(units), tuple(values), harm, unseen)
+
+
+def _unseen(components: Sequence[Component], seen: Set[int]) -> dict[int, list[int]]:
+    """Every expert that no token was sent to -> its layer's others, the same part, that saw some.
+
+    Raises SchemeError where there is no other.
+    """
+    # As harmless as they look they would go first, and whole, and another text may need them. So
+    # they count as an average expert, which is more than a rare one is worth.
+    others: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+
+    def like(component: Component) -> tuple[Any, ...]:
+        return component.layer, component.name.rpartition(".")[2], component.shape
+
+    for i in sorted(seen):
+        if components[i].expert is not None:
+            others[like(components[i])].append(i)
+    found = {
+        i: others[like(component)]
+        for i, component in enumerate(components)
+        if component.expert is not None and i not in seen
+    }
+    for i, alike in found.items():
+        if not alike:
+            raise SchemeError(
+                f"no token was sent to {components[i].name}, nor to another expert beside it that "
+                "is pruned, so that nothing is known of it; exclude it, or give more --data"
+            )
+    return found
 
 
 def _smoothed(fisher: Tensor) -> Tensor:
@@ -132,29 +164,44 @@ def _smoothed(fisher: Tensor) -> Tensor:
     return (1 - SMOOTHED) * fisher + SMOOTHED * whole
 
 
-def _input_norms(model: Model, components: Sequence[Component], ids: Tensor) -> list[Tensor]:
-    """‖x‖₂ over all tokens, of each input of each component. [in]"""
+def _input_norms(
+    model: Model, components: Sequence[Component], ids: Tensor
+) -> tuple[list[Tensor], frozenset[int]]:
+    """‖x‖₂ over all tokens, of each input of each component [in]; and who saw a token."""
     devices = [weight_of(model.network, c).device for c in components]
     sums = [
         torch.zeros(c.shape[1], device=device)
         for c, device in zip(components, devices, strict=True)
     ]
+    seen: set[int] = set()
+    members = stack_members(components)
 
-    def add(i: int, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        sums[i] += inputs[0].detach().float().square().flatten(0, -2).sum(0)
+    def add(i: int, x: Tensor) -> None:
+        if x.numel():
+            seen.add(i)
+            sums[i] += x.detach().float().square().flatten(0, -2).sum(0)
+
+    def at_experts(inputs: ExpertInputs, times: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = torch.split(inputs.x, inputs.counts.tolist())
+        for expert, i in members[inputs.stack, inputs.part].items():
+            add(i, rows[expert])
+        return times(inputs.x)
 
     head = find_head(model.network)
     with ExitStack() as stack:
         for i, component in enumerate(components):
-            hook = _module(model, component).register_forward_pre_hook(partial(add, i))
-            stack.callback(hook.remove)
+            if component.stack_index is None:
+                module = model.network.get_submodule(component.parameter.rpartition(".")[0])
+                hook = module.register_forward_pre_hook(partial(_at_module, partial(add, i)))
+                stack.callback(hook.remove)
+        stack.enter_context(open_experts(model.network, components, at_experts))
         for batch in torch.split(ids, BATCH):
             head.hidden(batch.to(model.device))
-    return [total.sqrt() for total in sums]
+    return [total.sqrt() for total in sums], frozenset(seen)
 
 
-def _module(model: Model, component: Component) -> nn.Module:
-    return model.network.get_submodule(component.parameter.rpartition(".")[0])
+def _at_module(add: Callable[[Tensor], None], _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    add(inputs[0])
 
 
 # --- harm ---
@@ -170,8 +217,10 @@ def _harm(
     teacher: Model | None,
     seed: int,
     progress: Progress,
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], frozenset[int]]:
     """KL by level: E[s²] / (2L), s = −Σ ⟨g, w⟩ over what goes, and the slope. [unit, level]
+
+    With it which components saw a token.
 
     Each weight is put once into the stretch between two levels in which it goes, so that a
     sequence costs one pass over the weights for all levels of all units.
@@ -201,10 +250,13 @@ def _harm(
     def add_slope(i: int, gradients: Tensor) -> None:
         found[own[i]] += moved(i, gradients).sum(0).cpu().numpy() / n_tokens
 
-    _gradients(model, components, ids, add_squares, seed + 1, None, progress)
+    seen = sequence_gradients(model, components, ids, add_squares, seed + 1, None, progress)
     if teacher is not None:
-        _gradients(model, components, ids, add_slope, seed, find_head(teacher.network), progress)
-    return found
+        head = find_head(teacher.network)
+        sequence_gradients(model, components, ids, add_slope, seed, head, progress)
+    for i, others in _unseen(components, seen).items():
+        found[own[i]] = np.mean([found[own[j]] for j in others], 0)
+    return found, seen
 
 
 def _places(saliency: Tensor, units: Sequence[Unit], by_rows: bool) -> Tensor:
@@ -229,101 +281,3 @@ def _stretches(saliency: Tensor, by_rows: bool) -> Tensor:
     found = torch.empty_like(rows, dtype=torch.uint8)
     found.scatter_(1, order, level.expand(len(rows), -1).contiguous())
     return found.view(saliency.shape)
-
-
-# --- gradients ---
-
-
-def _gradients(
-    model: Model,
-    components: Sequence[Component],
-    ids: Tensor,
-    meet: Meet,
-    seed: int,
-    teacher: Head | None,
-    progress: Progress,
-) -> None:
-    """Every component's gradients, sequence by sequence, handed to `meet`.
-
-    Of the summed log-probability of labels drawn from the model itself; with a teacher, of the
-    summed KL(teacher ‖ model).
-    """
-    head = find_head(model.network)
-    generator = torch.Generator().manual_seed(seed)
-    shape: list[int] = []
-    with _watching(model, components, meet, shape) as start:
-        for done, batch in enumerate(torch.split(ids, BATCH)):
-            own = batch.to(model.device)
-            shape[:] = own.shape
-            uniforms = torch.rand(own[:, 1:].numel(), generator=generator, dtype=torch.float64)
-            with torch.enable_grad():
-                hidden = head.hidden(own)[:, :-1].flatten(0, 1)
-                soft = None if teacher is None else _states(teacher, own)
-                gradient = _at_hidden(head, hidden.detach(), uniforms, teacher, soft)
-                torch.autograd.grad(hidden, start(), gradient)
-            progress("saliency", (done + 1) * BATCH, len(ids), "sequences")
-
-
-def _states(head: Head, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return head.hidden(ids)[:, :-1].flatten(0, 1)
-
-
-def _at_hidden(
-    head: Head, hidden: Tensor, uniforms: Tensor, teacher: Head | None, soft: Tensor | None
-) -> Tensor:
-    """The gradient at hidden states [token, hidden], a chunk of the vocabulary's rows at a time."""
-    found = torch.empty_like(hidden)
-    with torch.no_grad():
-        n = max(1, chunk_tokens(head, hidden) // 2)
-    for a in range(0, len(hidden), n):
-        part = hidden[a : a + n].clone().requires_grad_(True)
-        logps = head.logits(part).log_softmax(-1)
-        if teacher is None or soft is None:
-            labels = draw_labels(logps.detach().exp(), uniforms[None, a : a + n])[0]
-            value = logps.gather(-1, labels[:, None]).sum()
-        else:
-            with torch.no_grad():
-                wanted = teacher.logits(soft[a : a + n]).log_softmax(-1)
-            value = (wanted.exp() * (wanted - logps)).sum()
-        (found[a : a + n],) = torch.autograd.grad(value, part)
-    return found
-
-
-@contextmanager
-def _watching(
-    model: Model, components: Sequence[Component], meet: Meet, shape: Sequence[int]
-) -> Iterator[Callable[[], Tensor]]:
-    """Components' products meet their gradients; what is yielded gives where the graph starts.
-
-    `shape` holds how many sequences a batch has, and tokens each.
-    """
-    leaves: list[Tensor] = []
-
-    def at_embedding(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return output
-        leaves[:] = [output.detach().requires_grad_(True)]
-        return leaves[0]
-
-    def at_module(i: int, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if output.requires_grad:
-            x = inputs[0].detach()
-            output.register_hook(partial(meet_with, i, x))  # type: ignore[no-untyped-call]
-
-    def meet_with(i: int, x: Tensor, delta: Tensor) -> None:
-        if x.shape[:-1].numel() != shape[0] * shape[1]:
-            raise SchemeError(
-                f"{components[i].name} does not see every token, so that its gradients cannot be "
-                "told apart by sequence; exclude it"
-            )
-        left = delta.reshape(shape[0], -1, delta.shape[-1])
-        meet(i, outer(left, x.reshape(shape[0], -1, x.shape[-1])))
-
-    network: Any = model.network
-    with ExitStack() as stack:
-        stack.callback(network.get_input_embeddings().register_forward_hook(at_embedding).remove)
-        for i, component in enumerate(components):
-            hook = partial(at_module, i)
-            stack.callback(_module(model, component).register_forward_hook(hook).remove)
-        yield lambda: leaves[0]

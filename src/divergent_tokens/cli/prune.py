@@ -14,7 +14,6 @@ from divergent_tokens.cli.options import (
     BatchSize,
     Cache,
     Chat,
-    Device,
     Format,
     NewTokens,
     NPrompts,
@@ -164,7 +163,12 @@ def prune(
         str | None, typer.Option("--text", metavar="FILE", help="Report perplexity on this.")
     ] = None,
     batch_size: BatchSize = None,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="auto (all GPUs train), cpu, cuda or cuda:1 (one GPU alone)."
+        ),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights in training.")] = "float32",
     seed: Seed = 0,
     overwrite: Annotated[
@@ -195,6 +199,7 @@ def prune(
     from divergent_tokens.pruning import Settings, check_folder
     from divergent_tokens.pruning import prune as prune_in_rounds
     from divergent_tokens.recover import Training
+    from divergent_tokens.replicas import training_devices
     from divergent_tokens.store import default_cache
 
     on_signals(tidy_up)
@@ -265,6 +270,7 @@ def prune(
             settings,
             plan=plan_file,
             text=given_text,
+            devices=training_devices(model.network) if device == "auto" else (),
             batch_size=batch_size,
             overwrite=overwrite,
             cache=cache,

@@ -109,6 +109,12 @@ def notes(record: Record) -> Iterator[str]:
         f"Seen and trained on {data['n_sequences']} sequences of {data['length']} tokens from "
         f"{data['source']}; keep the prompts and the text apart from them."
     )
+    unseen = record["rounds"][-1].get("unseen")
+    if unseen:
+        yield (
+            f"No token of the sequences was sent to {len(unseen)} matrices of experts (such as "
+            f"{unseen[0]}); they count as the average of their layer's others."
+        )
     yield (
         "Zeros alone make nothing faster: weights are stored dense, and no common server skips "
         "them."
