@@ -20,7 +20,7 @@ test: $(DEVELOPMENT)
 
 # llm-compressor holds transformers back, so that it has an environment of its own.
 test-llmcompressor: $(COMPRESSOR)
-	$(VENV)-llmcompressor/bin/python -m pytest -n auto -W ignore tests/compress/test_gptq.py tests/compress/test_recipes.py tests/test_calibrated.py
+	$(VENV)-llmcompressor/bin/python -m pytest -n auto -W ignore tests/compress/test_gptq.py tests/compress/test_sparsegpt.py tests/compress/test_recipes.py tests/test_calibrated.py tests/test_pruning.py
 
 check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .

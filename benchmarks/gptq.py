@@ -18,7 +18,8 @@ from divergent_tokens.calibrated import ready_plan, ready_schemes
 from divergent_tokens.candidates import Candidate
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import find_components, weight_of
-from divergent_tokens.compress.gptq import Codes, round_to_nearest
+from divergent_tokens.compress.gptq import entry_of, round_to_nearest
+from divergent_tokens.compress.kept import Kept
 from divergent_tokens.compress.plan import Plan, uniform_plan
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.measure.comparison import compare
@@ -73,11 +74,12 @@ def main() -> None:
 def nearest(base: Model, components: Any, grid: str, place: Path) -> Plan:
     """All components rounded to nearest on the grid that llm-compressor gives GPTQ."""
     scheme = parse_scheme(f"gptq:{grid}")
-    codes = Codes(place, base.fingerprint, "nearest")
+    kept = Kept(place, base.fingerprint, "nearest")
     for component in components:
         weight = weight_of(base.network, component)
-        codes.write(str(scheme), component, round_to_nearest(weight, scheme.steps[0].grid))
-    return uniform_plan(components, scheme).bound(codes)
+        rounded = round_to_nearest(weight, scheme.steps[0].grid)
+        kept.write(str(scheme), component, entry_of(rounded))
+    return uniform_plan(components, scheme).bound(kept)
 
 
 def either(

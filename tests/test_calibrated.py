@@ -25,9 +25,9 @@ def test_a_plan_is_carried_out_with_the_codes_that_it_was_chosen_with(tmp_path, 
     model = runs.model()
     components = find_components(model.network, include=["*.mlp.*"])
     (tmp_path / "other.txt").write_text("some other text than the one before\n")
-    monkeypatch.setattr("divergent_tokens.calibrated.check_installed", lambda: None)
+    monkeypatch.setattr("divergent_tokens.compress.gptq.check_llm_compressor", lambda *_: None)
     monkeypatch.setattr(
-        "divergent_tokens.calibrated.round_by_gptq",
+        "divergent_tokens.compress.gptq.round_by_gptq",
         lambda weight, _moment, grid: quantize(weight, bits=grid.bits),
     )
     make = partial(ready_schemes, model, components, [parse_scheme("gptq:int4")], cache=tmp_path)
@@ -58,9 +58,9 @@ def test_a_plan_whose_codes_are_at_hand_keeps_them(tmp_path, monkeypatch):
     """Whoever lends it reads no text again, and takes no other codes from another place."""
     model = runs.model()
     components = find_components(model.network, include=["*.mlp.*"])
-    monkeypatch.setattr("divergent_tokens.calibrated.check_installed", lambda: None)
+    monkeypatch.setattr("divergent_tokens.compress.gptq.check_llm_compressor", lambda *_: None)
     monkeypatch.setattr(
-        "divergent_tokens.calibrated.round_by_gptq",
+        "divergent_tokens.compress.gptq.round_by_gptq",
         lambda weight, _moment, grid: quantize(weight, bits=grid.bits),
     )
     plan = uniform_plan(components, parse_scheme("gptq:int4"))

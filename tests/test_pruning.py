@@ -1,6 +1,7 @@
 """Pruning in rounds: exact zeros that stay, harm against slow loops, and runs that go on."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -30,6 +31,9 @@ from divergent_tokens.report.records import read_source
 from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
 
 RNG = np.random.default_rng(0)
+needs_llm_compressor = pytest.mark.skipif(
+    find_spec("llmcompressor") is None, reason="llm-compressor is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +479,60 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_round(base, tmp_path, monk
     assert [one["round"] for one in run(base, tmp_path)["rounds"]] == [1, 2]
 
 
+@needs_llm_compressor
+@pytest.mark.parametrize("allocate", ["uniform", "kl", "fdt"])
+def test_sparsegpt_cuts_and_repairs_in_rounds(base, tmp_path, monkeypatch, allocate):
+    """What is gone stays gone, each matrix gets its share, and what stays is moved."""
+    kept = []
+    own = pruning._Run._by_sparsegpt
+
+    def keeping(self, shares, number):
+        found = own(self, shares, number)
+        kept.append((shares, found.masks))
+        return found
+
+    monkeypatch.setattr(pruning._Run, "_by_sparsegpt", keeping)
+    record = run(base, tmp_path, steps=0, criterion="sparsegpt", allocate=allocate)
+    assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.03)
+    for shares, masks in kept:
+        for share, mask in zip(shares, masks, strict=True):
+            # one more of each block, and here a matrix is one
+            assert int((~mask).sum()) == pytest.approx(share * mask.numel(), abs=2)
+    for before, after in zip(kept[0][1], kept[1][1], strict=True):
+        assert not (after & ~before).any()
+    loaded = load_model(tmp_path / "out", device="cpu")
+    for component, mask in zip(of(base), kept[1][1], strict=True):
+        weight = weight_of(loaded.network, component)
+        assert torch.equal(weight != 0, mask)
+        if int((~mask).sum()):
+            assert not torch.equal(weight[mask], weight_of(base.network, component)[mask])
+
+
+@needs_llm_compressor
+def test_sparsegpt_holds_its_zeros_in_training_and_takes_a_pattern(base, tmp_path):
+    run(base, tmp_path, "two", rounds=1, criterion="sparsegpt", pattern=(2, 4), allocate="uniform")
+    loaded = load_model(tmp_path / "two", device="cpu")
+    for component in of(base):
+        zeros = weight_of(loaded.network, component).reshape(-1, 4) == 0
+        assert (zeros.sum(1) == 2).all()
+    record = run(base, tmp_path, "trained", criterion="sparsegpt", allocate="kl")
+    total = sum(one["n_parameters"] for one in record["components"])
+    n_zero = sum(one["n_zero"] for one in record["components"])
+    assert n_zero / total == pytest.approx(record["rounds"][-1]["sparsity"], abs=1e-6)
+
+
+@pytest.mark.skipif(find_spec("llmcompressor") is not None, reason="llm-compressor is installed")
+def test_sparsegpt_without_llm_compressor_says_what_to_install(base, tmp_path):
+    with pytest.raises(SchemeError, match="--criterion sparsegpt is computed by llm-compressor"):
+        run(base, tmp_path, criterion="sparsegpt", allocate="kl")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_settings_are_said(base, tmp_path):
+    with pytest.raises(SchemeError, match="sparsegpt cuts each by itself, at a share"):
+        Settings(sparsity=0.5, criterion="sparsegpt", allocate="global")
+    with pytest.raises(SchemeError, match="sparsegpt moves what stays by itself"):
+        Settings(sparsity=0.5, criterion="sparsegpt", allocate="kl", repair=True)
     with pytest.raises(SchemeError, match=r"a sparsity of 1\.5 was asked for"):
         Settings(sparsity=1.5)
     with pytest.raises(SchemeError, match="take --criterion fisher, or --allocate kl"):

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from divergent_tokens import gguf_files, model_files
-from divergent_tokens.calibrated import ready_plan
+from divergent_tokens.calibrated import ready_plans
 from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.components import Component, find_components
 from divergent_tokens.compress.plan import Plan, check_plan, uniform_plan
@@ -109,10 +109,7 @@ def lent_candidates(
     """
     for plan in plans.values():
         check_plan(plan, components)
-    ready = {
-        name: ready_plan(base, components, plan, source=calibration, cache=cache)
-        for name, plan in plans.items()
-    }
+    ready = ready_plans(base, components, plans, source=calibration, cache=cache)
     return {
         name: Candidate(partial(lent_plan, base, plan, components=components))
         for name, plan in ready.items()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from divergent_tokens.compress.apply import lent_plan
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
 from divergent_tokens.compress.donors import Donor
+from divergent_tokens.compress.gptq import check_llm_compressor
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern, rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
+from divergent_tokens.compress.sparsegpt import prune_by_sparsegpt
 from divergent_tokens.compress.units import GRANULARITIES, Granularity, Unit, find_units
 from divergent_tokens.errors import DivergentTokensError, RecordError, SchemeError
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
@@ -61,7 +63,7 @@ class Settings:
     sparsity: float
     """The share of all weights of the components that is zero at the end."""
     rounds: int = 10
-    criterion: Criterion = "fisher"
+    criterion: Criterion | Literal["sparsegpt"] = "fisher"
     allocate: Allocate = "global"
     pattern: tuple[int, int] | None = None
     """n of m neighbours stay; the sparsity is 1 − n / m then, and there is one round."""
@@ -88,6 +90,16 @@ class Settings:
             raise SchemeError(
                 f"unknown allocation {self.allocate!r}; expected one of {', '.join(ALLOCATIONS)}"
             )
+        if self.allocate == "global" and self.criterion == "sparsegpt":
+            raise SchemeError(
+                "--allocate global has one threshold for all matrices, and sparsegpt cuts each by "
+                "itself, at a share that it is given; take --allocate kl, uniform or uniform-spared"
+            )
+        if self.repair and self.criterion == "sparsegpt":
+            raise SchemeError(
+                "sparsegpt moves what stays by itself, towards weights that are not there "
+                "afterwards; leave --repair out, or take --criterion wanda"
+            )
         if self.allocate == "global" and self.criterion != "fisher":
             raise SchemeError(
                 f"--allocate global compares weights of different matrices, and {self.criterion} "
@@ -104,6 +116,11 @@ class Settings:
                 f"unknown granularity {self.granularity!r}; expected one of "
                 f"{', '.join(GRANULARITIES)}"
             )
+        if self.granularity in ("head", "rows") and self.criterion == "sparsegpt":
+            raise SchemeError(
+                "sparsegpt cuts a matrix as a whole; leave --granularity out, or take --criterion "
+                "wanda with --repair"
+            )
         if self.granularity in ("head", "rows") and (
             self.allocate == "global" or self.pattern is not None
         ):
@@ -116,9 +133,14 @@ class Settings:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
 
     @property
+    def saliency(self) -> Criterion:
+        """What levels are told by: SparseGPT's are Wanda's, which has no more than its diagonal."""
+        return "wanda" if self.criterion == "sparsegpt" else self.criterion
+
+    @property
     def by_rows(self) -> bool:
-        """Whether each row loses the same share."""
-        return self.criterion == "wanda"
+        """Whether each row loses the same share at a level."""
+        return self.saliency == "wanda"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -162,13 +184,15 @@ def prune(
         raise RecordError(f"{out} is the base itself; write to another folder")
     by_kl = settings.allocate == "kl" and settings.pattern is None
     check_components(base.network, components, settings.criterion, with_harm=by_kl)
+    if settings.criterion == "sparsegpt":
+        check_llm_compressor("--criterion sparsegpt", "--criterion wanda")
     if settings.pattern is not None:
         check_pattern(*settings.pattern, components)
     stacked = [c.name for c in components if c.stack_index is not None]
-    if settings.repair and stacked:
+    if stacked and (settings.repair or settings.criterion == "sparsegpt"):
         raise SchemeError(
             f"{stacked[0]}, an expert of a fused stack, is not repaired, since its inputs are not "
-            "collected; exclude it, or leave --repair out"
+            "collected; exclude it, or take --criterion wanda or fisher without --repair"
         )
     _check_target(base, components, settings.sparsity)
     served = None if plan is None else _checked(plan, base)
@@ -248,7 +272,7 @@ def _checked(plan: PlanFile, base: Model) -> Plan:
     check_base(plan, base, "the plan")
     found = plan.plan()
     for name, scheme in found.schemes.items():
-        if scheme.needs_codes or any(isinstance(step, Donor) for step in scheme.steps):
+        if scheme.is_calibrated or any(isinstance(step, Donor) for step in scheme.steps):
             raise SchemeError(
                 f"{name}: {scheme} is made once, for the base's own weights, and pruning changes "
                 "them; expected schemes of any weights, such as int8 or int4:g64"
@@ -455,6 +479,8 @@ class _Run:
     def _cut_to(self, target: float, number: int) -> None:
         with self._ground.served(self.model) as model:
             self.cut = self._found_cut(model, target, number)
+        if self.settings.criterion == "sparsegpt":
+            self.cut = self._by_sparsegpt(self.cut.sparsities, number)
         self._set_masks()
         if self.settings.repair:
             self._repair(number)
@@ -468,7 +494,7 @@ class _Run:
         found = find_saliencies(
             model,
             self.components,
-            settings.criterion,
+            settings.saliency,
             self.sequences,
             n_sequences=settings.n_saliency,
             units=self._units,
@@ -492,11 +518,23 @@ class _Run:
             found,
             settings.allocate,
             target,
-            by_rows=settings.by_rows,
+            by_rows=settings.by_rows and settings.criterion != "sparsegpt",  # takes shares of all
             pattern=settings.pattern,
             before=self.cut,
             fdt=fdt,
         )
+
+    @torch.no_grad()
+    def _by_sparsegpt(self, shares: Sequence[float], number: int) -> Cut:
+        """Matrices cut at their shares and repaired, in place; what was zero stays zero."""
+        network, pattern = self.model.network, self.settings.pattern
+        moments = second_moments(network, self.components, self._calibration(number))
+        masks = []
+        for share, (component, moment) in zip(shares, moments, strict=True):
+            weight = weight_of(network, component)
+            weight.copy_(prune_by_sparsegpt(weight, moment, pattern or share, keep_zeros=True))
+            masks.append(weight != 0)
+        return Cut(tuple(masks))
 
     def _calibration(self, number: int) -> Calibration:
         rng = np.random.default_rng([self.settings.seed, number])

@@ -55,7 +55,7 @@ class Saliencies:
 def check_components(
     network: PreTrainedModel,
     components: Sequence[Component],
-    criterion: Criterion,
+    criterion: str,
     *,
     with_harm: bool = False,
 ) -> None:

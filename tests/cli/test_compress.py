@@ -144,3 +144,38 @@ def test_bad_input_to_verify(dtm, place, tmp_path):
     assert "is no folder" in dtm("verify", tmp_path / "nowhere").err
     assert "plan.json does not exist" in dtm("verify", place / "base").err
     assert dtm("verify", place / "base").code == 2
+
+
+@pytest.mark.parametrize("method", ["probe", "measure"])
+def test_zeros_by_wanda_and_fisher_go_from_the_sweep_to_the_checkpoint(
+    dtm, place, settings, tmp_path, method
+):
+    """Made once, and the same wherever they are taken; another text is refused."""
+    texts = {"seen": " ".join(tiny.SENTENCES), "other": tiny.SENTENCES[0]}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    seen = ("--calibration", tmp_path / "seen.txt")
+    schemes = ("wanda:0.5+int4:g8", "fisher:2:4+int8")
+    asked = [part for scheme in schemes for part in ("--scheme", scheme)]
+    cache = ("--cache", tmp_path / "cache")
+    base, swept, plan = place / "base", tmp_path / "s.db", tmp_path / "plan.json"
+    done = dtm("sweep", base, *asked, "--method", method, *settings, *seen, *cache, "--out", swept)
+    assert done.code == 0, done.err
+    made = sorted(path.parent for path in (tmp_path / "cache").rglob("mask.npy"))
+    assert len(made) == 2 * 14
+    done = dtm("search", swept, "--bits", 9, "--out", plan, *cache)
+    assert done.code == 0, done.err
+    chosen = set(json.loads(plan.read_text())["components"].values())
+    assert chosen <= set(schemes)
+    out = tmp_path / "out"
+    other = dtm(
+        "compress", base, plan, "--calibration", tmp_path / "other.txt", *cache, "--out", out
+    )
+    assert other.code == 2
+    assert "give --calibration as they were for dtm sweep" in " ".join(other.err.split())
+    assert not out.exists()
+    done = dtm("compress", base, plan, *seen, *cache, "--out", out)
+    assert done.code == 0, done.err
+    done = dtm("verify", out, *settings, *seen, *cache)
+    assert done.code == 0, done.out + done.err
+    assert sorted(path.parent for path in (tmp_path / "cache").rglob("mask.npy")) == made

@@ -11,9 +11,10 @@ from divergent_tokens.calibrated import read_calibration, ready_plan, ready_sche
 from divergent_tokens.candidates import lent_candidates
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, find_components, weight_of
-from divergent_tokens.compress.gptq import Codes, round_by_gptq, round_to_nearest
+from divergent_tokens.compress.gptq import round_by_gptq, round_to_nearest
+from divergent_tokens.compress.kept import Entry, Kept
 from divergent_tokens.compress.plan import uniform_plan
-from divergent_tokens.compress.quantize import Quantized, dequantize
+from divergent_tokens.compress.quantize import dequantize
 from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import ModelError, SchemeError
 
@@ -30,7 +31,7 @@ ROWS = Calibration(tuple(tuple(range(4 + i, 24 + i)) for i in range(12)), "test"
 def test_its_text(text):
     scheme = parse_scheme(text)
     assert str(scheme) == text
-    assert (scheme.needs_codes, scheme.is_packable, scheme.activations) == (True, True, None)
+    assert (scheme.is_calibrated, scheme.is_packable, scheme.activations) == (True, True, None)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +98,16 @@ def test_inputs_that_are_not_finite_are_named():
 
 def test_kept_codes_come_back(tmp_path):
     component = Component("q_proj", "q", 0, (2, 4), torch.bfloat16, "q_proj.weight")
-    codes = Codes(tmp_path, "base", "calibration")
-    assert codes.read("gptq:int4", component) is None
-    kept = Quantized(
-        torch.tensor([[1, -2, 3, -8], [0, 7, 1, 2]], dtype=torch.int8),
-        torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16),
-        None,
-        4,
-        torch.bfloat16,
-    )
-    codes.write("gptq:int4", component, kept)
-    found = codes.read("gptq:int4", component)
-    assert torch.equal(dequantize(found), dequantize(kept))
-    assert Codes(tmp_path, "other", "calibration").read("gptq:int4", component) is None
-    scheme = parse_scheme("gptq:int4").bound(codes)
+    kept = Kept(tmp_path, "base", "calibration")
+    assert kept.read("gptq:int4", component) is None
+    assert not kept.has("gptq:int4", component)
+    codes = torch.tensor([[1, -2, 3, -8], [0, 7, 1, 2]], dtype=torch.int8)
+    scales = torch.tensor([[0.5], [0.25]])
+    kept.write("gptq:int4", component, Entry({"codes": codes, "scales": scales}, {"bits": 4}))
+    assert Kept(tmp_path, "other", "calibration").read("gptq:int4", component) is None
+    scheme = parse_scheme("gptq:int4").bound(kept)
     assert scheme.source == "calibration"
+    assert scheme.is_ready
     assert scheme.compress(torch.zeros(2, 4, dtype=torch.bfloat16), component).tolist() == [
         [0.5, -1.0, 1.5, -4.0],
         [0.0, 1.75, 0.25, 0.5],
@@ -244,7 +240,7 @@ def test_codes_are_made_once_and_a_model_runs_under_them(tmp_path, monkeypatch):
     schemes = [parse_scheme("gptq:int4:g8"), parse_scheme("int8")]
     first = ready_schemes(model, components, schemes, cache=tmp_path)
     assert first[1] is schemes[1]
-    monkeypatch.setattr("divergent_tokens.calibrated.round_by_gptq", None)
+    monkeypatch.setattr("divergent_tokens.compress.gptq.round_by_gptq", None)
     second = ready_schemes(model, components, schemes, cache=tmp_path)
     weight = weight_of(model.network, components[0])
     assert torch.equal(

@@ -89,7 +89,7 @@ def compress(
         outline = outline_model(base, cache=cache)
         progress("load", 1, 1, "models")
         ready = file.plan()
-        if any(scheme.lacks_codes for scheme in ready.schemes.values()):
+        if not all(scheme.is_ready for scheme in ready.schemes.values()):
             running = of_weights or weights_dtype(outline)
             model = load_base(base, progress, dtype=running, device="cpu", cache=cache)
             components = find_components(model.network, include=["*"])

@@ -145,7 +145,8 @@ CalibrationSource = Annotated[
     typer.Option(
         "--calibration",
         metavar="SOURCE",
-        help="Text whose inputs gptq: schemes are made from: builtin, a file, or hf:DATASET.",
+        help="Text that gptq:, wanda:, fisher: and sparsegpt: are made from: builtin, a file, or "
+        "hf:DATASET.",
     ),
 ]
 TaskNames = Annotated[

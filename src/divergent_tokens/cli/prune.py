@@ -36,6 +36,7 @@ class Criterion(StrEnum):
     fisher = "fisher"
     wanda = "wanda"
     magnitude = "magnitude"
+    sparsegpt = "sparsegpt"
 
 
 class Allocate(StrEnum):

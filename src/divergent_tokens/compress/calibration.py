@@ -1,7 +1,7 @@
 """What goes into components when the base reads text: second moments of their inputs."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from divergent_tokens.compress.components import Component
 from divergent_tokens.errors import ModelError
 
 ROOM_BYTES = 2 * 2**30
-"""Moments that are collected in one reading of the text; more take several readings."""
+"""Of what is collected in one reading of the text; more takes several readings."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def second_moments(
 
     Raises ModelError, naming the component, for inputs that are not finite.
     """
-    for block in _blocks(components):
+    for block in in_blocks(components, lambda c: 4 * c.shape[1] ** 2):
         moments = _collected(network, block, calibration)
         for component in block:
             moment = moments.pop(component.name, None)
@@ -60,17 +60,19 @@ def second_moments(
             yield component, moment
 
 
-def _blocks(components: Sequence[Component]) -> Iterator[list[Component]]:
-    """Runs of components whose moments have room together."""
+def in_blocks(
+    components: Sequence[Component], n_bytes: Callable[[Component], int]
+) -> Iterator[list[Component]]:
+    """Runs of components that have room together, in `ROOM_BYTES`."""
     block: list[Component] = []
-    n_bytes = 0
+    total = 0
     for component in components:
-        size = 4 * component.shape[1] ** 2
-        if block and n_bytes + size > ROOM_BYTES:
+        size = n_bytes(component)
+        if block and total + size > ROOM_BYTES:
             yield block
-            block, n_bytes = [], 0
+            block, total = [], 0
         block.append(component)
-        n_bytes += size
+        total += size
     if block:
         yield block
 

@@ -4,12 +4,12 @@ Each matrix is rounded by itself, on the inputs that the base gives it, so that 
 without the others; the layers before it are not compressed meanwhile, as they are elsewhere.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
 
-import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -17,63 +17,10 @@ from torch import Tensor
 
 from divergent_tokens.compress.absmax import AbsMax, parse_absmax
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.kept import Entry, Kept, Seen, check_own_inputs, read_made
 from divergent_tokens.compress.packed import Packed, pack_integers
 from divergent_tokens.compress.quantize import Quantized, dequantize, scale_dtype
 from divergent_tokens.errors import SchemeError
-from divergent_tokens.store import content_key, read_entry, writing_entry
-
-_VERSION = 1
-"""Of how codes are made and kept."""
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Where the codes of one base, rounded on one calibration, lie."""
-
-    cache: Path
-    base: str
-    """The base's fingerprint."""
-    calibration: str
-    """The digest of what was calibrated on."""
-
-    def has(self, scheme: str, component: Component) -> bool:
-        """Whether a component's codes were made."""
-        return read_entry(self.cache, self._key(scheme, component)) is not None
-
-    def read(self, scheme: str, component: Component) -> Quantized | None:
-        """A component's codes; None if they were not made yet."""
-        entry = read_entry(self.cache, self._key(scheme, component))
-        if entry is None:
-            return None
-        arrays = {name: torch.from_numpy(np.array(a)) for name, a in entry.arrays.items()}
-        return Quantized(
-            codes=arrays["codes"],
-            scales=arrays["scales"].to(scale_dtype(component.dtype)),
-            zero_points=arrays.get("zero_points"),
-            bits=int(entry.header["bits"]),
-            dtype=component.dtype,
-        )
-
-    def write(self, scheme: str, component: Component, quantized: Quantized) -> None:
-        """Keep a component's codes."""
-        arrays = {"codes": quantized.codes, "scales": quantized.scales.float()}
-        if quantized.zero_points is not None:
-            arrays["zero_points"] = quantized.zero_points
-        with writing_entry(self.cache, self._key(scheme, component)) as writer:
-            writer.header["bits"] = quantized.bits
-            for name, tensor in arrays.items():
-                values = tensor.cpu().numpy()
-                writer.array(name, values.shape, values.dtype)[:] = values
-
-    def _key(self, scheme: str, component: Component) -> str:
-        return content_key(
-            gptq=_VERSION,
-            base=self.base,
-            calibration=self.calibration,
-            scheme=scheme,
-            component=component.name,
-            dtype=str(component.dtype),
-        )
 
 
 @dataclass(frozen=True)
@@ -85,8 +32,8 @@ class Gptq:
 
     grid: AbsMax
     """Bits, granularity and symmetry."""
-    codes: Codes | None = field(default=None, compare=False, repr=False)
-    """Where they are, once they were made."""
+    kept: Kept | None = field(default=None, compare=False, repr=False)
+    """Where the codes are, once they were made."""
 
     def __str__(self) -> str:
         """The text."""
@@ -95,13 +42,7 @@ class Gptq:
     def check(self, components: Sequence[Component]) -> None:
         """Refuse what the grid does not fit, and what has no inputs of its own."""
         self.grid.check(components)
-        for component in components:
-            if component.is_end or component.stack_index is not None:
-                what = "looked up or shared" if component.is_end else "an expert of a fused stack"
-                raise SchemeError(
-                    f"{self}: {component.name} is {what}, and its inputs are not collected here; "
-                    f"exclude it, or take {self.grid}"
-                )
+        check_own_inputs(self, components, str(self.grid))
 
     @property
     def by_rows(self) -> bool:
@@ -115,7 +56,7 @@ class Gptq:
     @property
     def source(self) -> str | None:
         """What was calibrated on."""
-        return None if self.codes is None else self.codes.calibration
+        return None if self.kept is None else self.kept.calibration
 
     def compress(self, weight: Tensor, component: Component) -> Tensor:
         """The matrix that the codes stand for."""
@@ -129,14 +70,32 @@ class Gptq:
         """As AbsMax of the same bits and groups."""
         return self.grid.size_bytes(component, size_before)
 
+    @property
+    def made_from(self) -> Seen:
+        """Second moments of the inputs."""
+        return "moments"
+
+    def bound(self, kept: Kept) -> "Gptq":
+        """The same, its codes at hand."""
+        return replace(self, kept=kept)
+
+    def check_installed(self) -> None:
+        """Raise SchemeError without llm-compressor."""
+        check_llm_compressor("gptq:", "intB")
+
+    def make(self, weight: Tensor, seen: Tensor) -> Entry:
+        """Codes, scales and zero points."""
+        return entry_of(round_by_gptq(weight, seen, self.grid))
+
     def _read(self, component: Component) -> Quantized:
-        found = None if self.codes is None else self.codes.read(str(self), component)
-        if found is None:
-            raise SchemeError(
-                f"the codes of {component.name} under {self} were not made; they are made from "
-                "the base's inputs, by dtm sweep, say, with the same --calibration and --cache"
-            )
-        return found
+        entry = read_made(self, component, "the codes")
+        return Quantized(
+            codes=entry.arrays["codes"],
+            scales=entry.arrays["scales"].to(scale_dtype(component.dtype)),
+            zero_points=entry.arrays.get("zero_points"),
+            bits=int(entry.header["bits"]),
+            dtype=component.dtype,
+        )
 
 
 def parse_gptq(text: str) -> Gptq:
@@ -150,13 +109,21 @@ def parse_gptq(text: str) -> Gptq:
     return Gptq(grid)
 
 
-def check_installed() -> None:
+def entry_of(quantized: Quantized) -> Entry:
+    """What is kept of codes: they, scales in float32 and zero points."""
+    arrays = {"codes": quantized.codes, "scales": quantized.scales.float()}
+    if quantized.zero_points is not None:
+        arrays["zero_points"] = quantized.zero_points
+    return Entry(arrays, {"bits": quantized.bits})
+
+
+def check_llm_compressor(family: str, instead: str) -> None:
     """Raise SchemeError where llm-compressor is not installed."""
     if find_spec("llmcompressor") is None:
         raise SchemeError(
-            "gptq: is computed by llm-compressor, which is not installed; pip install "
+            f"{family} is computed by llm-compressor, which is not installed; pip install "
             "llmcompressor (or divergent-tokens[llmcompressor]) in an environment of its own, "
-            "since it holds transformers back, or take intB"
+            f"since it holds transformers back, or take {instead}"
         )
 
 
@@ -168,7 +135,8 @@ def round_by_gptq(weight: Tensor, moment: Tensor, grid: AbsMax) -> Quantized:
     that was not calibrated on may use it. 1 % of the mean diagonal is added to all; where that is
     not enough to invert the moment, the whole matrix is rounded to nearest, as by llm-compressor.
     """
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+    with redirect_stdout(sys.stderr):  # where it logs to is settled when it is first imported
+        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     args = _arguments(grid)
     values = weight.float()

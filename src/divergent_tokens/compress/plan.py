@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from divergent_tokens.compress.components import Component
-from divergent_tokens.compress.gptq import Codes
+from divergent_tokens.compress.kept import Kept
 from divergent_tokens.compress.schemes import Scheme
 from divergent_tokens.errors import SchemeError
 
@@ -27,9 +27,9 @@ class Plan:
             return distinct[0]
         return ", ".join(f"{texts.count(text)} x {text}" for text in distinct) or "unchanged"
 
-    def bound(self, codes: Codes) -> "Plan":
-        """The same plan, its schemes' codes at hand."""
-        return replace(self, schemes={n: s.bound(codes) for n, s in self.schemes.items()})
+    def bound(self, kept: Kept) -> "Plan":
+        """The same plan, what its schemes need made at hand."""
+        return replace(self, schemes={n: s.bound(kept) for n, s in self.schemes.items()})
 
     @property
     def digest(self) -> str:
@@ -71,14 +71,14 @@ def check_plan(plan: Plan, components: Sequence[Component]) -> tuple[Component, 
 def check_sources(plan: Plan) -> None:
     """Raise SchemeError if a scheme reads something else now than when the plan was chosen.
 
-    What would come out is not what was measured then. Codes that are not at hand yet read nothing.
+    What would come out is not what was measured then. What is not at hand yet reads nothing.
     """
     for text, chosen in plan.sources.items():
         scheme = next((s for s in plan.schemes.values() if str(s) == text), None)
         now = None if scheme is None else scheme.source
         if scheme is None or now is None or now == chosen:
             continue
-        what = "--calibration" if scheme.needs_codes else "the files of its donor"
+        what = "--calibration" if scheme.is_calibrated else "the files of its donor"
         raise SchemeError(
             f"{text} is made from other data now ({now[:12]}…) than when the plan was "
             f"chosen ({chosen[:12]}…), so what was measured does not hold; give {what} as they "

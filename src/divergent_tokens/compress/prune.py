@@ -1,5 +1,6 @@
 """Which weights of a matrix may go: saliencies in, masks of those that stay out."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -59,6 +60,32 @@ def parse_pattern(text: str) -> tuple[int, int]:
             "smaller, as in 2:4 (two of four neighbours stay)"
         )
     return n, m
+
+
+Extent = float | tuple[int, int]
+"""How much of a matrix goes: a share of it, or all but n of each m neighbours of a row."""
+
+
+def parse_extent(text: str) -> Extent:
+    """What follows the first colon of a step such as `magnitude:0.5` or `magnitude:2:4`."""
+    family, _, rest = text.partition(":")
+    if ":" in rest:
+        return parse_pattern(rest)
+    try:
+        share = float(rest)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 1:
+        raise SchemeError(
+            f"{text!r} names no share of weights to prune; expected a number from 0 up to, but "
+            f"not, 1, as in '{family}:0.5'"
+        )
+    return share
+
+
+def extent_text(extent: Extent) -> str:
+    """The canonical text, which `parse_extent` reads."""
+    return "{}:{}".format(*extent) if isinstance(extent, tuple) else repr(extent)
 
 
 def check_pattern(n: int, m: int, components: Sequence[Component]) -> None:

@@ -114,7 +114,7 @@ def _llm_compressor(schemes: Schemes, file: PlanFile) -> Recipe:
         if not scheme.is_packable or len(scheme.steps) > 1:
             takes = "intB, w8a8, fp8, mxfp4, nvfp4 and gptq:intB on their own"
             raise _refused(name, scheme, Tool.llm_compressor, takes)
-        kind = "GPTQModifier" if scheme.needs_codes else "QuantizationModifier"
+        kind = "GPTQModifier" if scheme.is_calibrated else "QuantizationModifier"
         groups = modifiers.setdefault(kind, {})
         group = groups.setdefault(str(scheme), {**_settings(scheme), "targets": []})
         group["targets"].append(name)
@@ -316,7 +316,7 @@ def _llama_cpp(schemes: Schemes, file: PlanFile) -> Recipe:
 
 def _rounded(schemes: Schemes) -> tuple[str, ...]:
     """What is said where codes are made without inputs."""
-    found = next((str(scheme) for scheme in schemes.values() if scheme.needs_codes), None)
+    found = next((str(scheme) for scheme in schemes.values() if scheme.is_calibrated), None)
     return (f"{found} is rounded to nearest there, not by GPTQ.",) if found else ()
 
 

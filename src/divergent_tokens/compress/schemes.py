@@ -4,10 +4,9 @@ A scheme is a chain of steps, `magnitude:0.5+int4:g64`. Each kind of step is a f
 its own text; no family knows another. To add one, write its step and put it in `_FAMILIES`.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Protocol
 
@@ -18,15 +17,18 @@ from divergent_tokens.compress.absmax import parse_absmax
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.formats import W8A8, Fp4, Fp8
-from divergent_tokens.compress.gptq import Codes, Gptq, parse_gptq
+from divergent_tokens.compress.gptq import parse_gptq
+from divergent_tokens.compress.kept import Kept, Made
 from divergent_tokens.compress.llm_int8 import LlmInt8
+from divergent_tokens.compress.masked import parse_masked
 from divergent_tokens.compress.packed import Packed
 from divergent_tokens.compress.prune import (
     check_pattern,
     n_of_m_mask,
-    parse_pattern,
+    parse_extent,
     prune_magnitude,
 )
+from divergent_tokens.compress.sparsegpt import parse_sparsegpt
 from divergent_tokens.errors import SchemeError
 
 
@@ -109,20 +111,25 @@ class Scheme:
         return weight
 
     @property
-    def needs_codes(self) -> bool:
-        """Whether codes must be made from the base's inputs before it does anything."""
-        return any(isinstance(step, Gptq) for step in self.steps)
+    def made(self) -> tuple[Made, ...]:
+        """The steps that must be made from what the base does on a text."""
+        return tuple(step for step in self.steps if isinstance(step, Made))
 
     @property
-    def lacks_codes(self) -> bool:
-        """Whether it needs codes, and they are not at hand."""
-        return any(isinstance(step, Gptq) and step.codes is None for step in self.steps)
+    def is_calibrated(self) -> bool:
+        """Whether a text decides what comes out."""
+        return bool(self.made)
 
-    def bound(self, codes: Codes) -> "Scheme":
-        """The same scheme with its codes at hand; itself if it needs none."""
-        if not self.needs_codes:
+    @property
+    def is_ready(self) -> bool:
+        """Whether all that must be made is at hand."""
+        return all(step.kept is not None for step in self.made)
+
+    def bound(self, kept: Kept) -> "Scheme":
+        """The same scheme with what it needs made at hand; itself if it needs nothing."""
+        if not self.made:
             return self
-        steps = (replace(s, codes=codes) if isinstance(s, Gptq) else s for s in self.steps)
+        steps = (step.bound(kept) if isinstance(step, Made) else step for step in self.steps)
         return Scheme(tuple(steps))
 
     @property
@@ -247,6 +254,12 @@ def parse_scheme(text: str) -> Scheme:
                 f"scheme {text!r} takes a step beside '{alone}:', which is made from the base's "
                 f"own weights; let '{alone}:' stand alone"
             )
+    for first in ("wanda", "fisher", "sparsegpt"):
+        if first in families[1:]:
+            raise SchemeError(
+                f"scheme {text!r} takes a step before '{first}:', which is made from the base's "
+                f"own weights; let '{first}:' stand first, and the only one of its kind"
+            )
     active = [str(step) for _, step in read if step.activations is not None]
     if len(active) > 1:
         raise SchemeError(
@@ -283,19 +296,8 @@ def _unknown(text: str, whole: str) -> str:
 
 
 def _parse_magnitude(text: str) -> Magnitude | MagnitudePattern:
-    rest = text.partition(":")[2]
-    if ":" in rest:
-        return MagnitudePattern(*parse_pattern(rest))
-    try:
-        share = float(rest)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share < 1:
-        raise SchemeError(
-            f"{text!r} names no share of weights to prune; expected a number from 0 up to, but "
-            "not, 1, as in 'magnitude:0.5'"
-        )
-    return Magnitude(share)
+    extent = parse_extent(text)
+    return MagnitudePattern(*extent) if isinstance(extent, tuple) else Magnitude(extent)
 
 
 def _parse_donor(text: str) -> Donor:
@@ -344,6 +346,14 @@ _FAMILIES = (
     ),
     _Family(
         "magnitude", re.compile("magnitude"), _parse_magnitude, ("magnitude:0.5", "magnitude:2:4")
+    ),
+    *(
+        _Family(name, re.compile(name), parse, (f"{name}:0.5", f"{name}:2:4"))
+        for name, parse in (
+            ("wanda", parse_masked),
+            ("fisher", parse_masked),
+            ("sparsegpt", parse_sparsegpt),
+        )
     ),
     _Family("gptq", re.compile("gptq"), parse_gptq, ("gptq:int4:g64", "gptq:int8")),
     _Family("from", re.compile("from"), _parse_donor, ("from:PATH",)),
