@@ -34,4 +34,3 @@ html_theme = "furo"
 html_title = f"divergent-tokens {release}"
 html_show_sourcelink = False
 html_copy_source = False
-html_static_path = ["_static"]
