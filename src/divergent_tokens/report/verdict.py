@@ -94,9 +94,10 @@ def _of_candidates(record: Record) -> str:
         verb = "is" if len(same) == 1 else "are"
         parts.append(f"{_listed(same)} {verb} indistinguishable from rounding")
     if apart:
-        parts.append(f"{apart[0]['name']} drifts least: {_agrees(apart[0]['metrics'])}")
+        closest, farthest = apart[0], apart[-1]
+        parts.append(f"{closest['name']} stays closest, parting {_parting(closest['metrics'])}")
     if len(apart) > 1:
-        parts.append(f"{apart[-1]['name']} drifts most: {_agrees(apart[-1]['metrics'])}")
+        parts.append(f"{farthest['name']} drifts most, parting {_parting(farthest['metrics'])}")
     return "; ".join(parts) + "."
 
 
@@ -104,11 +105,9 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _agrees(metrics: Record) -> str:
-    return (
-        f"{number(metrics['fdt']['value'])} tokens alike before the first other one, of "
-        f"{metrics['mean_length']:.3g}"
-    )
+def _parting(metrics: Record) -> str:
+    fdt, length = number(metrics["fdt"]["value"]), metrics["mean_length"]
+    return f"after {fdt} of {length:.3g} tokens on average"
 
 
 def _candidates(record: Record, noise: Record) -> Iterator[Verdict]:
