@@ -16,7 +16,8 @@ from divergent_tokens.measure.perplexity import read_text
 from divergent_tokens.measure.prompts import read_prompts
 from divergent_tokens.measure.sequences import read_sequences
 from divergent_tokens.models import load_model
-from divergent_tokens.pruning import Settings, prune
+from divergent_tokens.pruning.prune import prune
+from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Training
 from divergent_tokens.store import default_cache
 

@@ -19,7 +19,8 @@ from divergent_tokens.layers import decoder_layers
 from divergent_tokens.measure.progress import silent
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model, load_model
-from divergent_tokens.pruning import Settings, prune
+from divergent_tokens.pruning.prune import prune
+from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Training
 from divergent_tokens.report.pruning import pruning_markdown
 from divergent_tokens.saliencies import LEVELS, Saliencies, _smoothed, find_saliencies

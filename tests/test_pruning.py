@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
-from divergent_tokens import pruning, recover
+from divergent_tokens import recover
 from divergent_tokens.allocation import Cut, cut
 from divergent_tokens.candidates import plan_candidates
 from divergent_tokens.compress.components import find_components, weight_of
@@ -24,7 +24,9 @@ from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.sequences import Sequences, read_sequences
 from divergent_tokens.models import load_model
-from divergent_tokens.pruning import Settings, prune
+from divergent_tokens.pruning.prune import _check_target, prune
+from divergent_tokens.pruning.run import Run
+from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Recovery, Training, hold, schedule
 from divergent_tokens.report.pruning import pruning_markdown
 from divergent_tokens.report.records import read_source
@@ -484,14 +486,14 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_round(base, tmp_path, monk
 def test_sparsegpt_cuts_and_repairs_in_rounds(base, tmp_path, monkeypatch, allocate):
     """What is gone stays gone, each matrix gets its share, and what stays is moved."""
     kept = []
-    own = pruning._Run._by_sparsegpt
+    own = Run._by_sparsegpt
 
     def keeping(self, shares, number):
         found = own(self, shares, number)
         kept.append((shares, found.masks))
         return found
 
-    monkeypatch.setattr(pruning._Run, "_by_sparsegpt", keeping)
+    monkeypatch.setattr(Run, "_by_sparsegpt", keeping)
     record = run(base, tmp_path, steps=0, criterion="sparsegpt", allocate=allocate)
     assert record["rounds"][-1]["sparsity"] == pytest.approx(0.5, abs=0.03)
     for shares, masks in kept:
@@ -547,7 +549,7 @@ def test_bad_settings_are_said(base, tmp_path):
         run(base, tmp_path, rounds=1, pattern=(2, 5))
     sparse = runs.changed(base, lambda n: [p.zero_() for p in n.parameters() if p.ndim == 2])
     with pytest.raises(SchemeError, match=r"100\.0% of the weights of m are zero already"):
-        pruning._check_target(sparse, of(sparse), 0.5)
+        _check_target(sparse, of(sparse), 0.5)
 
 
 def test_a_text_too_short_to_train_on(base, tmp_path):

@@ -197,8 +197,9 @@ def prune(
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
     from divergent_tokens.measure.sequences import read_sequences
-    from divergent_tokens.pruning import Settings, check_folder
-    from divergent_tokens.pruning import prune as prune_in_rounds
+    from divergent_tokens.pruning.prune import check_folder
+    from divergent_tokens.pruning.prune import prune as prune_in_rounds
+    from divergent_tokens.pruning.settings import Settings
     from divergent_tokens.recover import Training
     from divergent_tokens.replicas import training_devices
     from divergent_tokens.store import default_cache

@@ -1,0 +1,1 @@
+"""Zeros where they harm least: rounds of cutting, training and measuring."""

@@ -1,0 +1,84 @@
+"""The last finished round, so that a pruning that was stopped goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from divergent_tokens.allocation import Cut
+from divergent_tokens.compress.components import weight_of
+from divergent_tokens.errors import RecordError
+from divergent_tokens.pruning.run import Run
+from divergent_tokens.store import clear_disk_errors, replacing_file, write_text
+
+
+class KeptRounds:
+    """The last finished round, beside the folder that is to come."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        """`key`: everything that must be the same to go on."""
+        self._folder, self._key = folder, json.loads(json.dumps(key))
+
+    def load(self, run: Run) -> list[dict[str, Any]]:
+        """Records of the finished rounds, the run set to where they ended."""
+        if not (self._folder / "run.json").is_file():
+            return []
+        kept = json.loads((self._folder / "run.json").read_text(encoding="utf-8"))
+        differing = [name for name in self._key if kept["key"].get(name) != self._key[name]]
+        if differing:
+            raise RecordError(
+                f"{self._folder} holds rounds of another run (another {', '.join(differing)}); "
+                "delete it, or give another --out"
+            )
+        tensors = load_file(self._folder / kept["file"])
+        network = run.model.network
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(tensors[f"weight.{name}"])
+        run.cut = Cut(
+            tuple(
+                tensors[f"mask.{c.name}"].bool().to(weight_of(network, c).device)
+                for c in run.components
+            )
+        )
+        run.set_masks()
+        if run.recovery is not None:
+            of_optimizer = {
+                name.removeprefix("optimizer."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("optimizer.")
+            }
+            run.recovery.load_state(of_optimizer)
+        found: list[dict[str, Any]] = kept["records"]
+        return found
+
+    def save(self, run: Run, records: list[dict[str, Any]]) -> None:
+        """Keep a round; the one before goes when this one is there."""
+        assert run.cut is not None
+        network = run.model.network
+        tensors = {
+            f"weight.{name}": parameter.detach().cpu().contiguous().clone()
+            for name, parameter in network.named_parameters()
+        }
+        for component, mask in zip(run.components, run.cut.masks, strict=True):
+            tensors[f"mask.{component.name}"] = mask.to("cpu", torch.uint8).contiguous()
+        if run.recovery is not None:
+            for name, tensor in run.recovery.state().items():
+                tensors[f"optimizer.{name}"] = tensor.contiguous().clone()
+        file = f"round-{len(records)}.safetensors"
+        with clear_disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self._folder / file) as path:
+                save_file(tensors, path)
+            written = {"key": self._key, "file": file, "records": records}
+            write_text(self._folder / "run.json", json.dumps(written))
+        for old in self._folder.glob("round-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def clear(self) -> None:
+        """The folder is there: nothing has to go on."""
+        shutil.rmtree(self._folder, ignore_errors=True)

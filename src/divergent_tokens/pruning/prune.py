@@ -1,0 +1,181 @@
+"""Pruning in rounds, each of them kept; and the folder that comes of it."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.donors import Donor
+from divergent_tokens.compress.gptq import check_llm_compressor
+from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
+from divergent_tokens.compress.prune import check_pattern
+from divergent_tokens.errors import RecordError, SchemeError
+from divergent_tokens.measure.comparison import versions
+from divergent_tokens.measure.progress import Progress, silent
+from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.sequences import Sequences
+from divergent_tokens.models import Model, outline_model
+from divergent_tokens.pruning.ground import Ground
+from divergent_tokens.pruning.kept_rounds import KeptRounds
+from divergent_tokens.pruning.run import Run
+from divergent_tokens.pruning.settings import Settings
+from divergent_tokens.quiet import quietly
+from divergent_tokens.saliencies import check_components
+from divergent_tokens.store import clear_disk_errors, replacing_folder, write_text
+
+SCHEMA = "divergent-tokens/pruning/1"
+RECORD = "pruning.json"
+
+
+def prune(
+    base: Model,
+    components: Sequence[Component],
+    sequences: Sequences,
+    prompts: PromptSet,
+    out: Path,
+    settings: Settings,
+    *,
+    plan: PlanFile | None = None,
+    text: str | None = None,
+    devices: Sequence[torch.device | str] = (),
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    cache: Path | None = None,
+    progress: Progress = silent,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The record of a pruning, and in the folder `out` the pruned model with that record.
+
+    What matters is seen, and trained, on the sequences; FDT, SDT and KL are against the base on the
+    prompts, PPL on the text. With a `plan` for the base all of this is of the pruned model under
+    the plan, whose weights are trained as they are without it; a plan.json for what was written
+    lies beside it. The base's network is not changed. Rounds are kept beside `out` until it is
+    there, so that a pruning that was stopped goes on. `devices` train together (see `Recovery`);
+    everything else is done on the first, the base's own.
+
+    Raises RecordError where `out` holds anything, unless it is a pruned model and to be
+    overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
+    does not fit a component or the base is sparser already; DivergentTokensError for a loss that is
+    no number: the last good round stays kept.
+    """
+    out = out.resolve()
+    check_folder(out, overwrite=overwrite)
+    if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
+        raise RecordError(f"{out} is the base itself; write to another folder")
+    by_kl = settings.allocate == "kl" and settings.pattern is None
+    check_components(base.network, components, settings.criterion, with_harm=by_kl)
+    if settings.criterion == "sparsegpt":
+        check_llm_compressor("--criterion sparsegpt", "--criterion wanda")
+    if settings.pattern is not None:
+        check_pattern(*settings.pattern, components)
+    stacked = [c.name for c in components if c.stack_index is not None]
+    if stacked and (settings.repair or settings.criterion == "sparsegpt"):
+        raise SchemeError(
+            f"{stacked[0]}, an expert of a fused stack, is not repaired, since its inputs are not "
+            "collected; exclude it, or take --criterion wanda or fisher without --repair"
+        )
+    _check_target(base, components, settings.sparsity)
+    served = None if plan is None else _checked(plan, base)
+    ground = Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
+    network = copy.deepcopy(base.network)
+    model = replace(base, network=network, reference=f"{base.reference} (pruned)")
+    run = Run(model, base, components, sequences, settings, ground, devices, progress)
+    kept = KeptRounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text, plan))
+    records = kept.load(run)
+    for number, target in enumerate(run.targets):
+        if number < len(records):
+            continue
+        records.append(run.round(number, target))
+        kept.save(run, records)
+    record = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "command": list(command),
+        "settings": settings.to_json(),
+        "base": {
+            "reference": base.reference,
+            "fingerprint": base.fingerprint,
+            "dtype": base.dtype_name,
+            "device": str(base.device),
+        },
+        "data": {
+            "source": sequences.source,
+            "digest": sequences.digest,
+            "n_sequences": len(sequences.ids),
+            "length": int(sequences.ids.shape[1]),
+        },
+        "prompts": {
+            "source": prompts.source,
+            "digest": prompts.digest,
+            "n_prompts": len(prompts),
+            "skipped": prompts.skipped,
+            "prefix": prompts.prefix,
+            "new_tokens": settings.new_tokens,
+        },
+        "trained_on": [str(device) for device in devices or (base.device,)],
+        "base_ppl": ground.base_ppl,
+        "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
+        "rounds": records,
+        "components": run.components_json(),
+        **run.final_metrics(prompts, text, batch_size, cache),
+    }
+    _write(out, model, record, plan)
+    kept.clear()
+    return record
+
+
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """RecordError where something would be replaced that this did not write, or nobody asked."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RECORD).is_file():
+        raise RecordError(f"{out} exists and holds no pruned model of ours; name another folder")
+    if not overwrite:
+        raise RecordError(
+            f"{out} holds a pruned model already; give --overwrite to replace it, or name another "
+            "folder"
+        )
+
+
+def _check_target(base: Model, components: Sequence[Component], sparsity: float) -> None:
+    zeros = sum(int((weight_of(base.network, c) == 0).sum()) for c in components)
+    share = zeros / sum(c.n_parameters for c in components)
+    if share >= sparsity:
+        raise SchemeError(
+            f"{share:.1%} of the weights of {base.reference} are zero already; expected a "
+            f"--sparsity above that, and {sparsity} was asked for"
+        )
+
+
+def _checked(plan: PlanFile, base: Model) -> Plan:
+    """The plan, of which nothing is made from the base's own weights or inputs."""
+    check_base(plan, base, "the plan")
+    found = plan.plan()
+    for name, scheme in found.schemes.items():
+        if scheme.is_calibrated or any(isinstance(step, Donor) for step in scheme.steps):
+            raise SchemeError(
+                f"{name}: {scheme} is made once, for the base's own weights, and pruning changes "
+                "them; expected schemes of any weights, such as int8 or int4:g64"
+            )
+    return found
+
+
+def _write(out: Path, model: Model, record: dict[str, Any], plan: PlanFile | None) -> None:
+    """Dense safetensors with exact zeros, the tokenizer, the record, and a plan for all that."""
+    with clear_disk_errors(out), replacing_folder(out) as folder:
+        with quietly():
+            model.network.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        if plan is not None:
+            written = outline_model(folder)
+            base = {**plan.base, "reference": str(out), "fingerprint": written.fingerprint}
+            step = {"step": "prune", "sparsity": record["rounds"][-1]["sparsity"]}
+            own = replace(plan, base=base, trail=(*plan.trail, step))
+            write_plan(folder / "plan.json", own)

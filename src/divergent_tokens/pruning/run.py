@@ -1,0 +1,262 @@
+"""A pruning under way: look what matters, cut, train what is left, measure."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from divergent_tokens.allocation import MEASURED, Cut, cut
+from divergent_tokens.compress.calibration import Calibration, second_moments
+from divergent_tokens.compress.components import Component, component_view, weight_of
+from divergent_tokens.compress.plan_file import PlanFile
+from divergent_tokens.compress.prune import rows_mask, share_mask
+from divergent_tokens.compress.repair import repair
+from divergent_tokens.compress.sparsegpt import prune_by_sparsegpt
+from divergent_tokens.compress.units import find_units
+from divergent_tokens.errors import DivergentTokensError
+from divergent_tokens.measure.comparison import compare
+from divergent_tokens.measure.progress import Progress
+from divergent_tokens.measure.prompts import PromptSet
+from divergent_tokens.measure.sequences import Sequences
+from divergent_tokens.models import Model
+from divergent_tokens.pruning.ground import Ground
+from divergent_tokens.pruning.settings import Settings
+from divergent_tokens.recover import NotFiniteError, Recovery, hold, schedule
+from divergent_tokens.saliencies import find_saliencies
+
+
+class Run:
+    """A pruning under way: the network as it has become, its masks, its training."""
+
+    def __init__(
+        self,
+        model: Model,
+        base: Model,
+        components: Sequence[Component],
+        sequences: Sequences,
+        settings: Settings,
+        ground: Ground,
+        devices: Sequence[torch.device | str],
+        progress: Progress,
+    ) -> None:
+        """Nothing is cut yet; the model's network is what changes, the base's never."""
+        self.model, self.base, self.components = model, base, components
+        self.sequences, self.settings = sequences, settings
+        self._units = find_units(model.network, components, settings.granularity)
+        self._ground, self._progress = ground, progress
+        self.targets = (
+            [settings.sparsity]
+            if settings.rounds == 1
+            else list(schedule(settings.sparsity, settings.rounds))
+        )
+        self.cut: Cut | None = None
+        self._unseen: tuple[str, ...] = ()
+        self.masks: dict[str, Tensor] = {}
+        """Of parameters as they are stored."""
+        self.recovery: Recovery | None = None
+        if settings.training.steps:
+            self.recovery = Recovery(
+                model.network,
+                base.network,
+                sequences,
+                settings.training,
+                total_steps=settings.rounds * settings.training.steps,
+                seed=settings.seed,
+                devices=devices,
+            )
+
+    def key(self, prompts: PromptSet, text: str | None, plan: PlanFile | None) -> dict[str, Any]:
+        """Everything that must be the same to go on."""
+        return {
+            "base": self.base.fingerprint,
+            "dtype": self.base.dtype_name,
+            "settings": self.settings.to_json(),
+            "components": [component.name for component in self.components],
+            "data": self.sequences.digest,
+            "prompts": prompts.digest,
+            "plan": None if plan is None else plan.digest,
+            "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        }
+
+    def round(self, number: int, target: float) -> dict[str, Any]:
+        """Cut, train, measure."""
+        steps = self.settings.training.steps
+        if self.settings.training.lifted and self.cut is not None:
+            self.cut = None
+            self._train(number, steps // 2, {}, "masks lifted")
+            steps -= steps // 2
+        self._cut_to(target, number)
+        assert self.cut is not None
+        before = self._ground.metrics(self.model)
+        loss = self._train(number, steps, self.masks, _in_words(self.cut.sparsity, before))
+        after = before if self.recovery is None else self._ground.metrics(self.model)
+        return {
+            "round": number + 1,
+            "target": target,
+            "sparsity": self.cut.sparsity,
+            "loss": loss,
+            "before": before,
+            "after": after,
+            "unseen": list(self._unseen),
+            "sparsities": {
+                c.name: share for c, share in zip(self.components, self.cut.sparsities, strict=True)
+            },
+        }
+
+    def _train(self, number: int, steps: int, masks: dict[str, Tensor], what: str) -> float | None:
+        """The mean loss; None without training."""
+        if self.recovery is None:
+            return None
+        name = f"round {number + 1} of {len(self.targets)}, {what}"
+        try:
+            return self.recovery.run(steps, masks, name=name, progress=self._progress)
+        except NotFiniteError as error:
+            raise DivergentTokensError(
+                f"round {number + 1}: {error}; what was kept of the rounds before is kept "
+                "still. Give a smaller --lr, or more --rounds"
+            ) from error
+
+    def _cut_to(self, target: float, number: int) -> None:
+        with self._ground.served(self.model) as model:
+            self.cut = self._found_cut(model, target, number)
+        if self.settings.criterion == "sparsegpt":
+            self.cut = self._by_sparsegpt(self.cut.sparsities, number)
+        self.set_masks()
+        if self.settings.repair:
+            self._repair(number)
+        hold(self.model.network, self.masks)
+
+    def _found_cut(self, model: Model, target: float, number: int) -> Cut:
+        """Of the model as it is measured: what a plan makes zero goes first."""
+        settings = self.settings
+        moved = number > 0
+        self._progress(f"saliency, round {number + 1}", 0, 1, "")
+        found = find_saliencies(
+            model,
+            self.components,
+            settings.saliency,
+            self.sequences,
+            n_sequences=settings.n_saliency,
+            units=self._units,
+            by_rows=settings.by_rows,
+            with_harm=settings.allocate == "kl" and settings.pattern is None,
+            teacher=self.base if moved else None,
+            seed=settings.seed * 1000 + number,
+        )
+        self._progress(f"saliency, round {number + 1}", 1, 1, "")
+        self._unseen = found.unseen
+        fdt = None
+        if settings.allocate in MEASURED and settings.pattern is None:
+
+            def mask_at(i: int, level: float) -> Tensor:
+                unit = self._units[i]
+                saliency = unit.of(found.values[unit.owner])
+                return (rows_mask if settings.by_rows else share_mask)(saliency, level)
+
+            fdt = self._ground.fdt_by_level(model, self._units, mask_at, self._progress)
+        return cut(
+            found,
+            settings.allocate,
+            target,
+            by_rows=settings.by_rows and settings.criterion != "sparsegpt",  # takes shares of all
+            pattern=settings.pattern,
+            before=self.cut,
+            fdt=fdt,
+        )
+
+    @torch.no_grad()
+    def _by_sparsegpt(self, shares: Sequence[float], number: int) -> Cut:
+        """Matrices cut at their shares and repaired, in place; what was zero stays zero."""
+        network, pattern = self.model.network, self.settings.pattern
+        moments = second_moments(network, self.components, self._calibration(number))
+        masks = []
+        for share, (component, moment) in zip(shares, moments, strict=True):
+            weight = weight_of(network, component)
+            weight.copy_(prune_by_sparsegpt(weight, moment, pattern or share, keep_zeros=True))
+            masks.append(weight != 0)
+        return Cut(tuple(masks))
+
+    def _calibration(self, number: int) -> Calibration:
+        rng = np.random.default_rng([self.settings.seed, number])
+        rows = rng.permutation(len(self.sequences.ids))[: self.settings.n_saliency]
+        return Calibration(
+            tuple(tuple(self.sequences.ids[row].tolist()) for row in rows), self.sequences.source
+        )
+
+    @torch.no_grad()
+    def _repair(self, number: int) -> None:
+        assert self.cut is not None
+        network = self.model.network
+        moments = second_moments(network, self.components, self._calibration(number))
+        for mask, (component, moment) in zip(self.cut.masks, moments, strict=True):
+            weight = weight_of(network, component)
+            weight.copy_(repair(weight, mask, moment))
+
+    def set_masks(self) -> None:
+        """Masks of the parameters, as they are stored, from those of the cut."""
+        assert self.cut is not None
+        self.masks = {}
+        for component, mask in zip(self.components, self.cut.masks, strict=True):
+            parameter = self.model.network.get_parameter(component.parameter)
+            if component.parameter not in self.masks:
+                self.masks[component.parameter] = torch.ones_like(parameter, dtype=torch.bool)
+            component_view(self.masks[component.parameter], component).copy_(mask)
+
+    def components_json(self) -> list[dict[str, Any]]:
+        """Each component, and the share of it that is zero."""
+        return [
+            {
+                "name": c.name,
+                "kind": c.kind,
+                "layer": c.layer,
+                "n_parameters": c.n_parameters,
+                "n_zero": int((weight_of(self.model.network, c) == 0).sum()),
+            }
+            for c in self.components
+        ]
+
+    def final_metrics(
+        self, prompts: PromptSet, text: str | None, batch_size: int | None, cache: Path | None
+    ) -> dict[str, Any]:
+        """With intervals: as served, and where a plan is kept without it too."""
+        self.model.network.requires_grad_(False)
+        candidates: dict[str, AbstractContextManager[Model]] = {"pruned": _Held(self.model)}
+        if self._ground.plan is not None:
+            candidates["under the plan"] = self._ground.served(self.model)
+        found = compare(
+            self.base,
+            candidates,
+            prompts,
+            new_tokens=self.settings.new_tokens,
+            text=text,
+            batch_size=batch_size,
+            seed=self.settings.seed,
+            cache=cache,
+        )
+        dense, *under = [one.metrics.to_json() for one in found.candidates]
+        return {"metrics": under[0], "metrics_without_plan": dense} if under else {"metrics": dense}
+
+
+def _in_words(sparsity: float, metrics: dict[str, float | None]) -> str:
+    """Where a round stands before it is trained, for the progress bar."""
+    ppl = metrics["ppl"]
+    found = f"sparsity {sparsity:.2f}, FDT {metrics['fdt']:.3g}"
+    return found if ppl is None else f"{found}, PPL {ppl:.4g}"
+
+
+class _Held:
+    """A model that is there already, as a candidate."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __enter__(self) -> Model:
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        return None
