@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ class Opened:
     """What the console and the page's errors said."""
     asked: list[str]
     """Every address that was asked for but the page's own."""
+
+    def until(self, expression, seconds=60):
+        """Wait for an expression; the page's own policy forbids it Playwright's way of waiting."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(50)
 
 
 def missing(what):

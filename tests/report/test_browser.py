@@ -202,7 +202,7 @@ def test_the_theme_switches_figures_too(started, plain):
         button = opened.page.locator("#theme")
         button.click()
         assert button.inner_text() == "Theme: light"
-        opened.page.wait_for_function(f"{tick} !== {dark[1]!r}")
+        opened.until(f"{tick} !== {dark[1]!r}")
         light = opened.page.evaluate(f"[{colour}, {tick}]")
         assert sum(channels(dark[0])) < 200 < 600 < sum(channels(light[0]))
         assert sum(channels(light[1])) < 200 < 500 < sum(channels(dark[1]))
@@ -316,16 +316,14 @@ def test_the_slider_moves_by_keyboard_and_marks_the_figure(started, plain):
         assert before[0] != after[0]
         assert before[1] != after[1]
         ring = "document.getElementById('figure-budget').data.find((t) => t.meta === 'slider').x[0]"
-        opened.page.wait_for_function(f"Math.abs({ring} - 0.56) < 0.02")
+        opened.until(f"Math.abs({ring} - 0.56) < 0.02")
 
 
 def test_a_command_is_copied(started, plain):
     with browser.opened(started, plain) as opened:
         opened.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         opened.page.locator("button.copy").first.click()
-        opened.page.wait_for_function(
-            "document.querySelector('button.copy').textContent === 'Copied'"
-        )
+        opened.until("document.querySelector('button.copy').textContent === 'Copied'")
         pasted = opened.page.evaluate("navigator.clipboard.readText()")
         assert pasted == "dtm compare tiny --scheme 'candidate 0'"
 
