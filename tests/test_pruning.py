@@ -348,7 +348,12 @@ def run(base, folder, name="out", *, rounds=2, steps=3, plan=None, **options):
     settings = Settings(
         sparsity=options.pop("sparsity", 0.5),
         rounds=rounds,
-        training=Training(steps=steps, batch_size=4, micro_batch=4, learning_rate=1e-3),
+        training=Training(
+            steps=steps,
+            batch_size=4,
+            micro_batch=4,
+            learning_rate=options.pop("learning_rate", 1e-3),
+        ),
         **{**TINY, **options},
     )
     rows = np.random.default_rng(1).integers(4, 200, (12, 16))
@@ -674,7 +679,7 @@ def test_the_optimizer_of_another_network_is_refused(base, sequences):
         total_steps=9,
         seed=0,
     )
-    with pytest.raises(RecordError, match="no optimizer state of"):
+    with pytest.raises(RecordError, match="the optimizer state of another network"):
         recovery.load_state({"step": torch.tensor(3)})
     assert recover.WARM_UP > 0
     assert find_head(base.network)
@@ -704,6 +709,97 @@ def test_from_the_command_line(base, tmp_path, dtm):
     theirs = dtm(*arguments, "--sparsity", "0.5", "--out", str(tmp_path / "base"))
     assert theirs.code == 2
     assert "holds no pruned model of ours" in theirs.err
+    arguments[2:4] = []  # a pattern is cut at once
     as_json = dtm(*arguments, "--pattern", "2:4", "--out", str(tmp_path / "p"), "--format", "json")
     assert as_json.code == 0
     assert json.loads(as_json.out)["settings"]["pattern"] == [2, 4]
+
+
+# --- what was once wrong ---
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_rounds(base, tmp_path):
+    (tmp_path / "out.rounds").mkdir()
+    mine = tmp_path / "out.rounds" / "mine.txt"
+    mine.write_text("mine")
+    with pytest.raises(RecordError, match="holds something else; move it"):
+        run(base, tmp_path)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"key": {}, "file": "x", "records": []}'])
+def test_damaged_rounds_are_said_to_be(base, tmp_path, text):
+    (tmp_path / "out.rounds").mkdir()
+    (tmp_path / "out.rounds" / "run.json").write_text(text)
+    with pytest.raises(RecordError, match=r"is damaged|of another run"):
+        run(base, tmp_path)
+
+
+def test_zeros_of_the_base_stay_from_the_first_round_on(base, tmp_path):
+    def sparser(network):
+        for component in find_components(network):
+            weight = weight_of(network, component)
+            weight.mul_(share_mask(weight.abs(), 0.4))
+
+    record = run(runs.changed(base, sparser), tmp_path, rounds=4)
+    found = [one["sparsity"] for one in record["rounds"]]
+    assert found[0] > 0.4
+    assert found[-1] == pytest.approx(0.5, abs=0.01)
+    zeros = sum(c["n_zero"] for c in record["components"])
+    assert zeros / sum(c["n_parameters"] for c in record["components"]) == pytest.approx(
+        found[-1], abs=1e-3
+    )
+
+
+def test_lifting_without_steps_lifts_nothing(base, tmp_path):
+    settings = Settings(sparsity=0.5, rounds=3, training=Training(steps=0, lifted=True), **TINY)
+    rows = np.random.default_rng(1).integers(4, 200, (12, 16))
+    record = prune(
+        base, of(base), Sequences(rows, "random"), runs.prompts(4), tmp_path / "out", settings
+    )
+    zeros = sum(c["n_zero"] for c in record["components"])
+    n = sum(c["n_parameters"] for c in record["components"])
+    assert zeros / n == pytest.approx(record["rounds"][-1]["sparsity"], abs=1e-6)
+
+
+def test_a_smaller_learning_rate_goes_on(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_round(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path)
+    record = run(base, tmp_path, learning_rate=1e-4)
+    assert [one["learning_rate"] for one in record["rounds"]] == [1e-3, 1e-4]
+
+
+def test_what_no_round_could_do_is_said_first(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("divergent_tokens.pruning.ground.complete", None)
+    with pytest.raises(SchemeError, match="leaves nothing of the layers between"):
+        run(base, tmp_path, criterion="magnitude", allocate="uniform-spared")
+    with pytest.raises(SchemeError, match="unknown criterion 'snip'"):
+        run(base, tmp_path, criterion="snip", allocate="uniform")
+    with pytest.raises(DivergentTokensError, match="a learning rate of nan"):
+        run(base, tmp_path, learning_rate=float("nan"))
+    wrong = PlanFile(plan_for(base).base, {"model.nothing": "int8"}, 1, 2)
+    with pytest.raises(SchemeError, match="is no component"):
+        run(base, tmp_path, plan=wrong)
+
+
+def test_a_plan_may_name_the_head(base, tmp_path):
+    (head,) = [c.name for c in find_components(base.network, include=["lm_head"])]
+    plan = PlanFile(plan_for(base).base, {head: "int8"}, 1, 2)
+    assert run(base, tmp_path, rounds=1, steps=0, plan=plan)["plan"]["digest"] == plan.digest
+
+
+def test_sequences_beyond_the_models_positions_are_refused(tmp_path):
+    model = runs.model("gpt2")
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(tiny.SENTENCES * 200))
+    with pytest.raises(PromptError, match="positions; give a smaller --length"):
+        read_sequences(str(path), model, length=5000, n_sequences=8)
+
+
+@pytest.mark.parametrize("granularity", ["component", "head"])
+def test_wandas_levels_count_what_its_rows_lose(base, tmp_path, granularity):
+    options = {"criterion": "wanda", "allocate": "kl", "granularity": granularity}
+    record = run(base, tmp_path, rounds=1, steps=0, **options)
+    assert record["rounds"][-1]["sparsity"] >= 0.5

@@ -1,5 +1,6 @@
 """After a build: no page asks anybody for anything when it is opened, which a warning would say."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,10 @@ LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "sourc
 """What a browser fetches by itself; a link that a reader follows is none of it."""
 UNREAD = {"canonical", "alternate", "author", "license"}
 """Kinds of <link> that a browser does not fetch."""
+
+
+ELSEWHERE = re.compile(r"(url\(|@import)\s*['\"]?\s*(https?:|//)", re.IGNORECASE)
+"""What a style sheet would load from another place."""
 
 
 class Fetches(HTMLParser):
@@ -24,7 +29,7 @@ class Fetches(HTMLParser):
         """Keep the address of what is fetched from elsewhere."""
         given = dict(attrs)
         address = given.get(LOADED.get(tag, "")) or ""
-        if given.get("rel") not in UNREAD and address.startswith(("http:", "https:", "//")):
+        if given.get("rel") not in UNREAD and address.lower().startswith(("http:", "https:", "//")):
             self.found.append(address)
 
 
@@ -39,7 +44,7 @@ def check(app: Sphinx, error: Exception | None) -> None:
         for address in parser.found:
             logger.warning("%s would load %s", page.name, address)
     for sheet in Path(app.outdir).rglob("*.css"):
-        if "url(http" in sheet.read_text("utf-8") or "url(//" in sheet.read_text("utf-8"):
+        if ELSEWHERE.search(sheet.read_text("utf-8")):
             logger.warning("%s would load something from elsewhere", sheet.name)
 
 

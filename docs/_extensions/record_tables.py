@@ -1,7 +1,7 @@
 """`{record-schema} NAME` and `{sweep-tables}`: a file's fields, from what checks or makes it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -56,12 +56,18 @@ def _rows(schema: Schema, before: str) -> Iterator[str]:
     for name, field in schema.get("properties", {}).items():
         yield f"| `{before}{name}` | {_cell(field.get('description', ''))} | {_type(field)} |"
         inner = field.get("items", field) if "$ref" not in field else {}
-        yield from _rows(inner, f"{before}{name}{'[]' if 'items' in field else ''}.")
+        for one in (inner, *_alternatives(inner)):
+            yield from _rows(one, f"{before}{name}{'[]' if 'items' in field else ''}.")
+
+
+def _alternatives(field: Schema) -> Sequence[Schema]:
+    return [*field.get("anyOf", ()), *field.get("oneOf", ())]
 
 
 def _type(field: Schema) -> str:
-    if "anyOf" in field:
-        return " or ".join(map(_type, field["anyOf"]))
+    alternatives = _alternatives(field)
+    if alternatives:
+        return " or ".join(map(_type, alternatives))
     if "$ref" in field:
         return field["$ref"].rpartition("/")[2]
     if "const" in field:

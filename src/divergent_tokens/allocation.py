@@ -75,7 +75,7 @@ def cut(
     stay = [
         u.n_parameters if before is None else int(u.of(before.masks[u.owner]).sum()) for u in units
     ]
-    shares = _shares(saliencies, allocate, sparsity, np.array(stay), fdt)
+    shares = _shares(saliencies, allocate, sparsity, np.array(stay), fdt, by_rows)
     mask_of = rows_mask if by_rows else share_mask
     masks = [torch.empty_like(value, dtype=torch.bool) for value in values]
     for unit, share in zip(units, shares, strict=True):
@@ -118,24 +118,28 @@ def _shares(
     sparsity: float,
     stay: NDArray[np.int64],
     fdt: NDArray[np.float64] | None,
+    by_rows: bool,
 ) -> list[float]:
     """By unit; `stay` is how many weights of each are there still."""
     units = saliencies.units
     if allocate == "uniform":
         return [sparsity] * len(units)
     if allocate == "uniform-spared":
-        return _spared(units, sparsity)
+        return spared(units, sparsity)
     if allocate == "kl":
         assert saliencies.harm is not None
-        return _least(saliencies.harm, units, sparsity, stay)
+        return _least(saliencies.harm, units, sparsity, stay, by_rows)
     assert fdt is not None
     if allocate == "fdt":
-        return _least(fdt[:, :1] - fdt, units, sparsity, stay)
+        return _least(fdt[:, :1] - fdt, units, sparsity, stay, by_rows)
     return _above_threshold(fdt, units, sparsity, stay)
 
 
-def _spared(units: Sequence[Unit], sparsity: float) -> list[float]:
-    """Uniform in all layers but the first and the last."""
+def spared(units: Sequence[Unit], sparsity: float) -> list[float]:
+    """Uniform in all layers but the first and the last; by unit.
+
+    Raises SchemeError where the others would have to lose everything.
+    """
     layers = [u.component.layer for u in units if u.component.layer is not None]
     ends = {min(layers), max(layers)}
     others = sum(u.n_parameters for u in units if u.component.layer not in ends)
@@ -153,12 +157,15 @@ def _least(
     units: Sequence[Unit],
     sparsity: float,
     stay: NDArray[np.int64],
+    by_rows: bool,
 ) -> list[float]:
     """Levels with the least sum of harms; a noisy harm is made one that never falls."""
     levels = np.array(LEVELS)
     sizes = np.array([u.n_parameters for u in units])
-    kept = np.rint((1 - levels) * sizes[:, None]).astype(np.int64)  # [unit, level]
-    kept = np.minimum(kept, stay[:, None])
+    # Of each row, or of the whole unit, as the masks are made; halves to the even number, as there.
+    length = np.array([u.columns[1] - u.columns[0] for u in units]) if by_rows else sizes
+    gone = np.rint(levels * length[:, None]) * (sizes // length)[:, None]
+    kept = np.minimum(sizes[:, None] - gone.astype(np.int64), stay[:, None])  # [unit, level]
     envelope = np.maximum.accumulate(np.maximum(harm, 0), 1)
     # Of levels that harm alike the lower one, so that no more goes than is wanted.
     envelope = envelope + _TIE * max(float(envelope.max()), _TIE) * levels

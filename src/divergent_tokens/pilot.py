@@ -184,7 +184,9 @@ def _check_trial(prompts: PromptSet) -> None:
     if n >= LEAST_PROMPTS:
         return
     found = f"the trial has {n} prompt{'' if n == 1 else 's'}"
-    if prompts.wanted:
+    if prompts.wanted and prompts.prefix is None:
+        found += f", all that {prompts.source} has"
+    elif prompts.wanted:
         found += (
             f", all that {prompts.source} has ({prompts.left_out} documents are too short for a "
             f"prefix of {prompts.prefix})"
@@ -193,7 +195,7 @@ def _check_trial(prompts: PromptSet) -> None:
         f"{found}; how much prompts differ can be told from {LEAST_PROMPTS} or more, and roughly "
         "from 32. "
         + (
-            "Use a smaller --prefix or another --prompts"
+            f"Use {'' if prompts.prefix is None else 'a smaller --prefix or '}another --prompts"
             if prompts.wanted
             else "Use more --n-prompts"
         )

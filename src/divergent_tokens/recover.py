@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,22 @@ class Training:
     come back (AC/DC, Peste et al. 2021)."""
     checkpointing: bool = False
     """Activations are made again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        """Raise DivergentTokensError for what makes no sense."""
+        if self.loss not in get_args(Loss):
+            raise DivergentTokensError(
+                f"unknown loss {self.loss!r}; expected one of {', '.join(get_args(Loss))}"
+            )
+        if self.steps < 0 or self.batch_size < 1 or self.micro_batch < 1:
+            raise DivergentTokensError(
+                f"{self.steps} steps of {self.batch_size} sequences, {self.micro_batch} at once; "
+                "expected no less than 0, 1 and 1"
+            )
+        if not (isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise DivergentTokensError(
+                f"a learning rate of {self.learning_rate}; expected a number from 0 on"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -187,12 +203,14 @@ class Recovery:
         self.step = int(state["step"])
         if self.step == 0:
             return
+        kept = {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")}
+        if not kept or kept - set(self._names.values()):
+            raise RecordError("the kept round has the optimizer state of another network")
         for parameter in self._network.parameters():
             name = self._names[id(parameter)]
-            try:
-                moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")}
-            except KeyError as error:
-                raise RecordError(f"the kept round has no optimizer state of {name}") from error
+            if name not in kept:  # it never had a gradient: an expert that no token was sent to
+                continue
+            moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")}
             self._optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter.device)
                 for key, value in moments.items()
@@ -212,6 +230,6 @@ def hold(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
         network.get_parameter(name).mul_(mask)
 
 
-def schedule(sparsity: float, rounds: int) -> Sequence[float]:
+def schedule(sparsity: float, rounds: int, start: float = 0.0) -> Sequence[float]:
     """The sparsity after each round: large steps first (Zhu and Gupta 2017, equation 1)."""
-    return [sparsity * (1 - (1 - (r + 1) / rounds) ** 3) for r in range(rounds)]
+    return [sparsity + (start - sparsity) * (1 - (r + 1) / rounds) ** 3 for r in range(rounds)]

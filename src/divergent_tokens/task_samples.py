@@ -34,17 +34,19 @@ def _of_task(name: str, task: Any, results: Mapping[str, Any]) -> Iterator[Answe
     for metric, filter, value, stderr in _metrics(results["results"][name]):
         mine = [s for s in samples if s["filter"] == filter and metric in s]
         scored = [s[metric] for s in mine]
+        higher = results["higher_is_better"][name].get(metric)
+        best = 0 if higher is False else 1
         yield Answers(
             task=name,
             metric=metric,
             filter=filter,
             value=value,
             stderr=stderr,
-            higher_is_better=results["higher_is_better"][name].get(metric),
+            higher_is_better=higher,
             documents=tuple(
                 f"{name} {s['doc_id']} {s['doc_hash']} {s['prompt_hash']}" for s in mine
             ),
-            right=np.array(scored, dtype=bool) if all(map(_is_binary, scored)) else None,
+            right=np.array([s == best for s in scored]) if all(map(_is_binary, scored)) else None,
             choices=_choices(task, metric, mine),
         )
 

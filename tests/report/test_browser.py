@@ -45,8 +45,11 @@ def planted_record():
     record["prompts"]["source"] = PLANTED
     record["prompts"]["texts"] = [PLANTED] * len(record["prompts"]["texts"])
     record["prompts"]["completions"] = [[PLANTED] * 24 for _ in record["prompts"]["completions"]]
-    for i, candidate in enumerate(record["candidates"]):
-        candidate["name"] = f"{i}{PLANTED}"
+    new = {c["name"]: f"{i}{PLANTED}" for i, c in enumerate(record["candidates"])}
+    for pair in record["pairs"]:
+        pair["a"], pair["b"] = new[pair["a"]], new[pair["b"]]
+    for candidate in record["candidates"]:
+        candidate["name"] = new[candidate["name"]]
         for row in candidate["rows"]:
             if not row["censored"]:
                 row["base_token"] = row["candidate_token"] = PLANTED

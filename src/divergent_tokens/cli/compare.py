@@ -163,8 +163,9 @@ def compare(
         conditions, has_text=text is not None, has_tasks=tasks is not None, engines=list(files)
     )
     read = base, *(candidates or ()), *files.values(), *(plan or ()), text, prompts
-    for target in filter(None, (out, report)):
-        check_out(target, *read)
+    for option, target in (("--out", out), ("--report", report)):
+        if target:
+            check_out(target, *read, option=option)
     if report:
         _check_report(report, out)
 
@@ -282,7 +283,7 @@ def _write_report(report: Path, record: dict[str, Any], out: Path | None) -> Non
     from divergent_tokens.report.records import Source
     from divergent_tokens.store import write_text
 
-    source = Source(out or Path("comparison.json"), "comparison", record, noise(record))
+    source = Source(out or Path("this comparison"), "comparison", record, noise=noise(record))
     write_text(report, page([source]))
 
 

@@ -22,7 +22,7 @@ BY_SIGNAL = 128
 """Ended by a signal: this plus its number, so that an interrupt is 130."""
 
 
-def check_out(out: Path, *inputs: Path | str | None) -> None:
+def check_out(out: Path, *inputs: Path | str | None, option: str = "--out") -> None:
     """Raise where `out` could not be written, or would replace what is read."""
     from divergent_tokens.store import check_writable
 
@@ -33,11 +33,11 @@ def check_out(out: Path, *inputs: Path | str | None) -> None:
         path = Path(file or "").expanduser()
         if file and path.is_file() and out.samefile(path):
             raise DivergentTokensError(
-                f"--out {out} would replace {file}, which is read; name another file"
+                f"{option} {out} would replace {file}, which is read; name another file"
             )
         if file and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise DivergentTokensError(
-                f"--out {out} would replace a file of {file}, which is read; name another file"
+                f"{option} {out} would replace a file of {file}, which is read; name another file"
             )
 
 

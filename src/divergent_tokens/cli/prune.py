@@ -80,7 +80,14 @@ def prune(
         str | None,
         typer.Option(metavar="N:M", help="Instead: N of M neighbours stay, 2:4 or 4:8."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Cuts, each a little deeper.")] = 10,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cuts, each a little deeper; left out: 10, or 1 for --steps 0 or --pattern.",
+            show_default=False,
+        ),
+    ] = None,
     criterion: Annotated[
         Criterion, typer.Option(help="What says how much a weight matters.")
     ] = Criterion.fisher,
@@ -210,7 +217,7 @@ def prune(
     by_default = Allocate.threshold if criterion is Criterion.fisher else Allocate.kl
     settings = Settings(
         sparsity=1 - n_of_m[0] / n_of_m[1] if n_of_m else float(sparsity or 0),
-        rounds=1 if n_of_m else rounds,
+        rounds=rounds or (10 if steps and not n_of_m else 1),
         criterion=criterion.value,
         allocate=(allocate or by_default).value,
         pattern=n_of_m,

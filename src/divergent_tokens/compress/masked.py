@@ -93,7 +93,9 @@ class Masked:
         """Which weights stay, eight a byte."""
         saliency = seen
         if self.criterion == "wanda":
-            saliency = weight.float().abs() * seen.diagonal().sqrt()
+            saliency = weight.float().abs()
+            if seen.diagonal().any():  # an expert that no token was sent to: by magnitude
+                saliency = saliency * seen.diagonal().sqrt()
         mask = self._mask(saliency).cpu().numpy()
         return Entry({"mask": torch.from_numpy(np.packbits(mask))}, {})
 

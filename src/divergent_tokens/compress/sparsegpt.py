@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from divergent_tokens.compress.components import Component
 from divergent_tokens.compress.gptq import check_llm_compressor
 from divergent_tokens.compress.kept import Entry, Kept, Seen, check_own_inputs, read_made
-from divergent_tokens.compress.prune import Extent, check_pattern, extent_text, parse_extent
+from divergent_tokens.compress.prune import (
+    Extent,
+    check_pattern,
+    extent_text,
+    n_of_m_mask,
+    parse_extent,
+)
 
 BLOCK = 128
 """Columns that are decided at once, and `DAMPING`: its modifier's defaults."""
@@ -107,7 +113,11 @@ def prune_by_sparsegpt(
     share = 1 - n / m if isinstance(extent, tuple) else extent
     gone = int((weight == 0).sum()) / weight.numel() if keep_zeros else 0.0
     if share <= gone + 1e-6:  # it would raise, or cut one weight of each block where none should go
-        return weight.clone()
+        if not n:
+            return weight.clone()
+        # Enough zeros, which need not lie in the pattern.
+        kept = n_of_m_mask(weight.float().abs().contiguous(), n, m)
+        return torch.where(kept, weight, torch.zeros_like(weight))
     moment = moment.float().clone()
     moment.diagonal()[moment.diagonal() == 0] = 1.0
     matrix = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -55,6 +55,11 @@ def read_sequences(
         raise PromptError(
             f"{n_sequences} training sequences were asked for; expected {FEWEST} at least"
         )
+    if model.max_positions and length > model.max_positions:
+        raise PromptError(
+            f"sequences of {length} tokens were asked for, and {model.reference} has "
+            f"{model.max_positions} positions; give a smaller --length"
+        )
     sources = [sources] if isinstance(sources, str) else list(sources)
     parts: list[NDArray[np.int64]] = []
     for done, source in enumerate(sources):

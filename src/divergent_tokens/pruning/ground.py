@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from divergent_tokens.compress.apply import lent_plan
-from divergent_tokens.compress.components import component_view
+from divergent_tokens.compress.components import Component, component_view, find_components
 from divergent_tokens.compress.plan import Plan
 from divergent_tokens.compress.units import Unit
 from divergent_tokens.measure.batches import BatchSize, first_batch_size
@@ -36,6 +36,8 @@ class Ground:
     base: Model
     plan: Plan | None
     """What every measurement is under."""
+    every: tuple[Component, ...]
+    """What a plan may name: embeddings and head too."""
     head: Head
     completions: Completions
     states: States
@@ -57,19 +59,29 @@ class Ground:
     ) -> "Ground":
         """The base's completions and states on the prompts, and its perplexity on the text."""
         completions = complete(
-            base, prompts, new_tokens=settings.new_tokens, cache=cache, progress=progress
+            base,
+            prompts,
+            new_tokens=settings.new_tokens,
+            batch_size=batch_size,
+            cache=cache,
+            progress=progress,
         )
         size = BatchSize(batch_size) if batch_size else first_batch_size(base.device)
         head = find_head(base.network)
         states = base_states(
             base, head, completions, batch_size=size, cache=cache, progress=progress
         )
-        found = cls(base, plan, head, completions, states, text, None, states.batch_size)
+        every = find_components(base.network, include=["*"])
+        found = cls(base, plan, every, head, completions, states, text, None, states.batch_size)
         return replace(found, base_ppl=found.perplexity(base, head))
 
     def served(self, model: Model) -> AbstractContextManager[Model]:
         """The model under the plan, for a while."""
-        return nullcontext(model) if self.plan is None else lent_plan(model, self.plan)
+        return (
+            nullcontext(model)
+            if self.plan is None
+            else lent_plan(model, self.plan, components=self.every)
+        )
 
     def divergence(self, model: Model) -> Divergence:
         """From the base, a row a prompt."""

@@ -1,11 +1,12 @@
 """The last finished round, so that a pruning that was stopped goes on."""
 
 import json
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from divergent_tokens.allocation import Cut
@@ -13,6 +14,8 @@ from divergent_tokens.compress.components import weight_of
 from divergent_tokens.errors import RecordError
 from divergent_tokens.pruning.run import Run
 from divergent_tokens.store import clear_disk_errors, replacing_file, write_text
+
+_RUN = "run.json"
 
 
 class KeptRounds:
@@ -22,18 +25,46 @@ class KeptRounds:
         """`key`: everything that must be the same to go on."""
         self._folder, self._key = folder, json.loads(json.dumps(key))
 
-    def load(self, run: Run) -> list[dict[str, Any]]:
-        """Records of the finished rounds, the run set to where they ended."""
-        if not (self._folder / "run.json").is_file():
-            return []
-        kept = json.loads((self._folder / "run.json").read_text(encoding="utf-8"))
-        differing = [name for name in self._key if kept["key"].get(name) != self._key[name]]
+    def check(self) -> dict[str, Any] | None:
+        """What is kept; None for nothing.
+
+        Raises RecordError for rounds of another run, for what is damaged, and for a folder that is
+        not ours.
+        """
+        if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
+            return None
+        if not (self._folder / _RUN).is_file():
+            raise RecordError(
+                f"{self._folder} is where rounds would be kept, and holds something else; move it, "
+                "or give another --out"
+            )
+        try:
+            kept: dict[str, Any] = json.loads((self._folder / _RUN).read_text(encoding="utf-8"))
+            differing = [name for name in self._key if kept["key"].get(name) != self._key[name]]
+            whole = (self._folder / kept["file"]).is_file() and isinstance(kept["records"], list)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged() from error
         if differing:
             raise RecordError(
                 f"{self._folder} holds rounds of another run (another {', '.join(differing)}); "
                 "delete it, or give another --out"
             )
-        tensors = load_file(self._folder / kept["file"])
+        if not whole:
+            raise self._damaged()
+        return kept
+
+    def _damaged(self) -> RecordError:
+        return RecordError(f"{self._folder} is damaged, and no round can be read; delete it")
+
+    def load(self, run: Run) -> list[dict[str, Any]]:
+        """Records of the finished rounds, the run set to where they ended; raises as `check`."""
+        kept = self.check()
+        if kept is None:
+            return []
+        try:
+            tensors = load_file(self._folder / kept["file"])
+        except (OSError, SafetensorError) as error:
+            raise self._damaged() from error
         network = run.model.network
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -74,11 +105,14 @@ class KeptRounds:
             with replacing_file(self._folder / file) as path:
                 save_file(tensors, path)
             written = {"key": self._key, "file": file, "records": records}
-            write_text(self._folder / "run.json", json.dumps(written))
+            write_text(self._folder / _RUN, json.dumps(written))
         for old in self._folder.glob("round-*.safetensors"):
             if old.name != file:
                 old.unlink()
 
     def clear(self) -> None:
-        """The folder is there: nothing has to go on."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """The pruned model is there: nothing has to go on."""
+        for path in (self._folder / _RUN, *self._folder.glob("round-*.safetensors")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files are in it
+            self._folder.rmdir()

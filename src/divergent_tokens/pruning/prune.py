@@ -1,7 +1,9 @@
 """Pruning in rounds, each of them kept; and the folder that comes of it."""
 
 import copy
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,10 @@ from typing import Any
 
 import torch
 
-from divergent_tokens.compress.components import Component, weight_of
+from divergent_tokens.compress.components import Component, find_components, weight_of
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.gptq import check_llm_compressor
-from divergent_tokens.compress.plan import Plan
+from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern
 from divergent_tokens.errors import RecordError, SchemeError
@@ -82,11 +84,14 @@ def prune(
         )
     _check_target(base, components, settings.sparsity)
     served = None if plan is None else _checked(plan, base)
-    ground = Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
+    key = _key(base, components, sequences, prompts, settings, plan, text)
+    kept = KeptRounds(out.with_name(f"{out.name}.rounds"), key)
+    kept.check()
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
-    run = Run(model, base, components, sequences, settings, ground, devices, progress)
-    kept = KeptRounds(out.with_name(f"{out.name}.rounds"), run.key(prompts, text, plan))
+    run = Run(model, base, components, sequences, settings, devices, progress)
+    ground = Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
+    run.ground = ground
     records = kept.load(run)
     for number, target in enumerate(run.targets):
         if number < len(records):
@@ -132,6 +137,9 @@ def prune(
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
     """RecordError where something would be replaced that this did not write, or nobody asked."""
+    above = next(parent for parent in out.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecordError(f"{out} cannot be written, since {above} is no folder that can be")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / RECORD).is_file():
@@ -141,6 +149,30 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
             f"{out} holds a pruned model already; give --overwrite to replace it, or name another "
             "folder"
         )
+
+
+def _key(
+    base: Model,
+    components: Sequence[Component],
+    sequences: Sequences,
+    prompts: PromptSet,
+    settings: Settings,
+    plan: PlanFile | None,
+    text: str | None,
+) -> dict[str, Any]:
+    """Everything that must be the same to go on; the learning rate may be another one."""
+    asked = settings.to_json()
+    asked["training"].pop("learning_rate")
+    return {
+        "base": base.fingerprint,
+        "dtype": base.dtype_name,
+        "settings": asked,
+        "components": [component.name for component in components],
+        "data": sequences.digest,
+        "prompts": prompts.digest,
+        "plan": None if plan is None else plan.digest,
+        "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def _check_target(base: Model, components: Sequence[Component], sparsity: float) -> None:
@@ -156,6 +188,11 @@ def _check_target(base: Model, components: Sequence[Component], sparsity: float)
 def _checked(plan: PlanFile, base: Model) -> Plan:
     """The plan, of which nothing is made from the base's own weights or inputs."""
     check_base(plan, base, "the plan")
+    if getattr(base.network.config, "auto_map", None):
+        raise SchemeError(
+            f"{base.reference} brings code of its own, and no plan can be written for what is "
+            "pruned of it; leave --plan out"
+        )
     found = plan.plan()
     for name, scheme in found.schemes.items():
         if scheme.is_calibrated or any(isinstance(step, Donor) for step in scheme.steps):
@@ -163,6 +200,7 @@ def _checked(plan: PlanFile, base: Model) -> Plan:
                 f"{name}: {scheme} is made once, for the base's own weights, and pruning changes "
                 "them; expected schemes of any weights, such as int8 or int4:g64"
             )
+    check_plan(found, find_components(base.network, include=["*"]))
     return found
 
 

@@ -1,6 +1,5 @@
 """A pruning under way: look what matters, cut, train what is left, measure."""
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divergent_tokens.allocation import MEASURED, Cut, cut
+from divergent_tokens.allocation import MEASURED, Cut, cut, spared
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
-from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.compress.prune import rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
 from divergent_tokens.compress.sparsegpt import prune_by_sparsegpt
@@ -40,7 +38,6 @@ class Run:
         components: Sequence[Component],
         sequences: Sequences,
         settings: Settings,
-        ground: Ground,
         devices: Sequence[torch.device | str],
         progress: Progress,
     ) -> None:
@@ -48,13 +45,14 @@ class Run:
         self.model, self.base, self.components = model, base, components
         self.sequences, self.settings = sequences, settings
         self._units = find_units(model.network, components, settings.granularity)
-        self._ground, self._progress = ground, progress
-        self.targets = (
-            [settings.sparsity]
-            if settings.rounds == 1
-            else list(schedule(settings.sparsity, settings.rounds))
-        )
-        self.cut: Cut | None = None
+        if settings.allocate == "uniform-spared":
+            spared(self._units, settings.sparsity)
+        self.ground: Ground | None = None
+        """To be there before the first round."""
+        self._progress = progress
+        there = Cut(tuple(weight_of(base.network, c) != 0 for c in components))
+        self.cut = there if there.sparsity else None
+        self.targets = list(schedule(settings.sparsity, settings.rounds, there.sparsity))
         self._unseen: tuple[str, ...] = ()
         self.masks: dict[str, Tensor] = {}
         """Of parameters as they are stored."""
@@ -70,23 +68,15 @@ class Run:
                 devices=devices,
             )
 
-    def key(self, prompts: PromptSet, text: str | None, plan: PlanFile | None) -> dict[str, Any]:
-        """Everything that must be the same to go on."""
-        return {
-            "base": self.base.fingerprint,
-            "dtype": self.base.dtype_name,
-            "settings": self.settings.to_json(),
-            "components": [component.name for component in self.components],
-            "data": self.sequences.digest,
-            "prompts": prompts.digest,
-            "plan": None if plan is None else plan.digest,
-            "text": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
-        }
+    @property
+    def _ground(self) -> Ground:
+        assert self.ground is not None
+        return self.ground
 
     def round(self, number: int, target: float) -> dict[str, Any]:
         """Cut, train, measure."""
         steps = self.settings.training.steps
-        if self.settings.training.lifted and self.cut is not None:
+        if self.settings.training.lifted and number and steps > 1:
             self.cut = None
             self._train(number, steps // 2, {}, "masks lifted")
             steps -= steps // 2
@@ -100,6 +90,7 @@ class Run:
             "target": target,
             "sparsity": self.cut.sparsity,
             "loss": loss,
+            "learning_rate": None if loss is None else self.settings.training.learning_rate,
             "before": before,
             "after": after,
             "unseen": list(self._unseen),
@@ -118,7 +109,7 @@ class Run:
         except NotFiniteError as error:
             raise DivergentTokensError(
                 f"round {number + 1}: {error}; what was kept of the rounds before is kept "
-                "still. Give a smaller --lr, or more --rounds"
+                "still: run again with a smaller --lr"
             ) from error
 
     def _cut_to(self, target: float, number: int) -> None:
@@ -174,12 +165,12 @@ class Run:
         """Matrices cut at their shares and repaired, in place; what was zero stays zero."""
         network, pattern = self.model.network, self.settings.pattern
         moments = second_moments(network, self.components, self._calibration(number))
-        masks = []
-        for share, (component, moment) in zip(shares, moments, strict=True):
-            weight = weight_of(network, component)
-            weight.copy_(prune_by_sparsegpt(weight, moment, pattern or share, keep_zeros=True))
-            masks.append(weight != 0)
-        return Cut(tuple(masks))
+        found = [
+            prune_by_sparsegpt(weight_of(network, c), moment, pattern or share, keep_zeros=True)
+            for share, (c, moment) in zip(shares, moments, strict=True)
+        ]
+        self._write(found)
+        return Cut(tuple(weight != 0 for weight in found))
 
     def _calibration(self, number: int) -> Calibration:
         rng = np.random.default_rng([self.settings.seed, number])
@@ -193,9 +184,17 @@ class Run:
         assert self.cut is not None
         network = self.model.network
         moments = second_moments(network, self.components, self._calibration(number))
-        for mask, (component, moment) in zip(self.cut.masks, moments, strict=True):
-            weight = weight_of(network, component)
-            weight.copy_(repair(weight, mask, moment))
+        self._write(
+            [
+                repair(weight_of(network, component), mask, moment)
+                for mask, (component, moment) in zip(self.cut.masks, moments, strict=True)
+            ]
+        )
+
+    def _write(self, weights: Sequence[Tensor]) -> None:
+        """All at the end: how many moments have room at once must not decide what they see."""
+        for component, weight in zip(self.components, weights, strict=True):
+            weight_of(self.model.network, component).copy_(weight)
 
     def set_masks(self) -> None:
         """Masks of the parameters, as they are stored, from those of the cut."""

@@ -1,7 +1,7 @@
 """What is asked of a pruning."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate
 from divergent_tokens.compress.units import GRANULARITIES, Granularity
@@ -41,6 +41,11 @@ class Settings:
                 f"a sparsity of {self.sparsity} was asked for; expected a share of the weights "
                 "above 0 and below 1, such as 0.5"
             )
+        if self.criterion not in (*get_args(Criterion), "sparsegpt"):
+            known = ", ".join((*get_args(Criterion), "sparsegpt"))
+            raise SchemeError(f"unknown criterion {self.criterion!r}; expected one of {known}")
+        if self.n_saliency < 1:
+            raise SchemeError(f"{self.n_saliency} sequences for saliencies; expected 1 at least")
         if self.rounds < 1:
             raise SchemeError(f"{self.rounds} rounds were asked for; expected 1 at least")
         if self.allocate not in ALLOCATIONS:

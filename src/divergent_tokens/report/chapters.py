@@ -1,7 +1,8 @@
 """What stands on the page, in which order: chapters of figures and tables, by topic."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from divergent_tokens.report import pruning, verification
 from divergent_tokens.report.figures.budget import Measured, budget
@@ -15,7 +16,7 @@ from divergent_tokens.report.figures.sizes import sizes
 from divergent_tokens.report.figures.survival import distributions, survival
 from divergent_tokens.report.records import Source
 from divergent_tokens.report.tables import Record, Section, harmless, on_one_line
-from divergent_tokens.report.text import HEADERS, cells, notes, title
+from divergent_tokens.report.text import HEADERS, cells, notes, other_sections, title
 
 _NARROWED = ("--include", "--exclude")
 """Options of `dtm compare` under which a scheme's candidate is not all of the sweep's."""
@@ -119,10 +120,15 @@ def _agreement(source: Source, i: int) -> Part:
     rows = [[on_one_line(cell) for cell in row] for row in cells(record, names)]
     return Part(
         f"{source.name}: {title(record)}",
-        [(HEADERS, rows, "All candidates")],
+        [(HEADERS, rows, "All candidates"), *_on_one_line(other_sections(record, names))],
         [survival(record, _name("survival", i)), distributions(record, _name("fdt", i))],
         list(notes(record)),
     )
+
+
+def _on_one_line(sections: Iterable[Section]) -> Iterator[Section]:
+    for columns, rows, heading in sections:
+        yield columns, [[on_one_line(cell) for cell in row] for row in rows], heading
 
 
 def _where(comparisons: Sequence[Source]) -> Iterator[Part]:
@@ -201,12 +207,18 @@ def measured_points(by_kind: Mapping[str, Sequence[Source]], sweep: Record) -> I
             order = f"chosen by {point['rank_by']}"
             yield Measured(name, point["share"], point["measured"]["metrics"], order)
     for source in by_kind.get("comparison", []):
-        if not any(word.startswith(_NARROWED) for word in source.record["command"]):
+        words = source.record["command"]
+        if not any(word.startswith(_NARROWED) for word in (*words, *(sweep.get("command") or ()))):
             for candidate in source.record["candidates"]:
                 share = _share(sweep, candidate["name"])
-                if share is not None:
+                if share is not None and _is_scheme(candidate["name"], words):
                     name = f"{candidate['name']} everywhere"
                     yield Measured(name, share, candidate["metrics"], "one scheme everywhere")
+
+
+def _is_scheme(name: str, words: Sequence[str]) -> bool:
+    """Whether a command names it after `--scheme`; a folder may be called like one."""
+    return f"--scheme={name}" in words or ("--scheme", name) in pairwise(words)
 
 
 def _share(sweep: Record, scheme: str) -> float | None:
@@ -233,10 +245,7 @@ def _pruning(source: Source, i: int) -> Part:
 
 def _verification(source: Source) -> Part:
     record = harmless(source.record)
-    tables = [
-        (columns, [[on_one_line(cell) for cell in row] for row in rows], heading)
-        for columns, rows, heading in verification.sections(record)
-    ]
+    tables = list(_on_one_line(verification.sections(record)))
     return Part(
         f"{source.name}: {verification.title(record)}",
         tables,

@@ -40,7 +40,7 @@ def page(sources: Sequence[Source]) -> str:
     # Plotly last: what is read and what is filtered need not wait for it.
     scripts = [*(_script(_read(name)) for name in SCRIPTS), _script(get_plotlyjs())]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(_read("page.html")).render(
+    html = environment.from_string(_read("page.html")).render(
         base=harmless(sources[0].record["base"]["reference"]),
         headline=headline(sources),
         verdicts=verdicts(sources),
@@ -54,6 +54,7 @@ def page(sources: Sequence[Source]) -> str:
         hashes=[_hash(script) for script in scripts],
         data=Markup(_embedded({"figures": figures, "sweeps": sweeps, "texts": texts})),
     )
+    return html.encode("utf-8", "replace").decode("utf-8")  # names may hold what no text can
 
 
 def check_extra() -> None:

@@ -13,6 +13,7 @@ from divergent_tokens.errors import DivergentTokensError, RecordError
 from divergent_tokens.report.chapters import chapters
 from divergent_tokens.report.figures.figure import Figure
 from divergent_tokens.report.records import Source
+from divergent_tokens.store import replacing_file
 
 WIDTH = 900
 """Pixels; the heights are the page's."""
@@ -38,6 +39,8 @@ def check_figures(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise RecordError(f"{folder} is a file; expected a folder to write figures to")
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise RecordError(f"the folder {folder} cannot be written to; name another")
     if not folder.absolute().parent.is_dir():
         raise RecordError(f"the folder {folder.parent} does not exist; make it, or name another")
 
@@ -59,14 +62,24 @@ def write_pictures(sources: Sequence[Source], folder: Path, format: str) -> list
     assert where is not None, "checked before"
     with tempfile.TemporaryDirectory() as temporary:
         drawn = [Path(temporary) / f"{name}.{format}" for name in found]
-        asyncio.run(_draw(list(found.values()), drawn, format, where))
+        try:
+            asyncio.run(_draw(list(found.values()), drawn, format, where))
+        except Exception as error:  # of kaleido, of the browser
+            said = " ".join(str(error).split())[:200]
+            raise DivergentTokensError(
+                f"{where} could not draw ({type(error).__name__}: {said}); try another browser, "
+                f"named in {BROWSER}"
+            ) from error
         missing = [path.name for path in drawn if not path.is_file() or not path.stat().st_size]
         if missing:
             raise DivergentTokensError(
                 f"{where} did not draw {missing[0]}; try another browser, named in {BROWSER}"
             )
         folder.mkdir(exist_ok=True)
-        return [Path(shutil.copy(path, folder / path.name)) for path in drawn]
+        for path in drawn:
+            with replacing_file(folder / path.name) as target:
+                shutil.copy(path, target)
+        return [folder / path.name for path in drawn]
 
 
 async def _draw(

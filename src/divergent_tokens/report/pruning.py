@@ -105,9 +105,11 @@ def notes(record: Record) -> Iterator[str]:
             "was written: dtm compress packs both."
         )
     data = record["data"]
+    trained = any(one["loss"] is not None for one in record["rounds"])
     yield (
-        f"Seen and trained on {data['n_sequences']} sequences of {data['length']} tokens from "
-        f"{data['source']}; keep the prompts and the text apart from them."
+        f"Seen{' and trained' if trained else ''} on {data['n_sequences']} sequences of "
+        f"{data['length']} tokens from {data['source']}; keep the prompts and the text "
+        "apart from them."
     )
     unseen = record["rounds"][-1].get("unseen")
     if unseen:

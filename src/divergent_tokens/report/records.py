@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ VERSION = 1
 """Of every kind of record that this version reads."""
 IN_FOLDERS = ("pruning.json", "plan.json", "verification.json")
 """What a folder that was written stands for: the records of its own in it."""
+_LATER = ("completions", "decoding")
+"""Of a comparison's prompts: older files lack them, and the page does without."""
 _PREFIX = "divergent-tokens/"
 _SQLITE = b"SQLite format 3\0"
 
@@ -36,11 +38,13 @@ class Source:
     record: Record
     noise: Record = field(default_factory=dict)
     """Of a comparison: what the flip law says of it (noise.py)."""
+    n_parts: int = 2
+    """Of the path, from its end, that tell it from the other sources'."""
 
     @property
     def name(self) -> str:
-        """The file's name with its folder, which tells two of one name apart."""
-        return "/".join(self.path.parts[-2:])
+        """The file's name with as many folders as tell two of one name apart."""
+        return "/".join(self.path.parts[-self.n_parts :])
 
 
 def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
@@ -60,7 +64,16 @@ def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
                 "page is about one base, since numbers of two are not to be compared: make one "
                 "for each"
             )
-    return sources
+    return _told_apart(sources)
+
+
+def _told_apart(sources: Sequence[Source]) -> tuple[Source, ...]:
+    most = max(len(source.path.parts) for source in sources)
+    for n in range(2, most + 1):
+        named = [replace(source, n_parts=n) for source in sources]
+        if len({source.name for source in named}) == len(named):
+            break
+    return tuple(named if most >= 2 else sources)
 
 
 def read_source(path: Path) -> Source:
@@ -73,7 +86,7 @@ def read_source(path: Path) -> Source:
     if kind == "comparison":
         from divergent_tokens.noise import noise
 
-        return Source(path, kind, record, noise(record))
+        return Source(path, kind, record, noise=noise(record))
     return Source(path, kind, record)
 
 
@@ -108,12 +121,16 @@ def _sweep(path: Path) -> Source:
 
 def _json(path: Path) -> Record:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is no JSON ({error}); expected {_expected()}") from error
     if not isinstance(record, dict):
         raise RecordError(f"{path} holds a {type(record).__name__}; expected {_expected()}")
     return record
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no JSON")
 
 
 def _expected() -> str:
@@ -142,6 +159,9 @@ def _check(record: Record, kind: Kind, path: Path) -> None:
 
     file = resources.files("divergent_tokens") / "data" / "schemas" / f"{kind}-{VERSION}.json"
     schema: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if kind == "comparison":
+        asked = schema["properties"]["prompts"]
+        asked["required"] = [name for name in asked["required"] if name not in _LATER]
     if kind == "comparison" and record.get("candidates") == []:
         raise RecordError(f"{path} holds no candidate, so there is nothing to show; compare again")
     if kind == "curve" and not record.get("points"):

@@ -209,30 +209,46 @@ def _shortened(name: str) -> str:
 
 def _sections(record: Record, labels: Mapping[str, str], n_beside: int) -> Iterator[Section]:
     """Perplexities, tasks, breakdowns with so many candidates beside each other, and pairs."""
-    candidates = ordered(record)
-    if record["noise_floor"]["ppl"]:
-        named = [("base", record["noise_floor"])]
-        named += [(labels[c["name"]], c["metrics"]) for c in candidates if c["metrics"]["ppl"]]
-        ways = ("conventional", "context_aware")
-        rows = [[name, *("  ".join(estimate(m["ppl"][way])) for way in ways)] for name, m in named]
-        yield ("", "conventional", "context-aware"), rows, "Perplexity of the text"
-    yield from task_sections(record, candidates, labels)
+    yield from _perplexities(record, labels)
+    yield from task_sections(record, ordered(record), labels)
+    candidates, step = ordered(record), max(1, n_beside)
     for name, header in _GROUPS:
         if len(record["noise_floor"][name]) > 1:
-            step = max(1, n_beside)
             for i in range(0, len(candidates), step):
                 yield _breakdown(record, candidates[i : i + step], name, header, labels)
-    if record["pairs"]:
-        rows = [
-            [
-                f"{labels[pair['a']]} − {labels[pair['b']]}",
-                "  ".join(estimate(pair["fdt_difference"])).strip(),
-                number(pair["p_value"], 2),
-                number(pair["p_holm"], 2),
-            ]
-            for pair in record["pairs"]
+    yield from _pairs(record, labels)
+
+
+def other_sections(record: Record, labels: Mapping[str, str]) -> Iterator[Section]:
+    """Perplexities, tasks and pairs, for a page that shows groups otherwise."""
+    yield from _perplexities(record, labels)
+    yield from task_sections(record, ordered(record), labels)
+    yield from _pairs(record, labels)
+
+
+def _perplexities(record: Record, labels: Mapping[str, str]) -> Iterator[Section]:
+    if not record["noise_floor"]["ppl"]:
+        return
+    named = [("base", record["noise_floor"])]
+    named += [(labels[c["name"]], c["metrics"]) for c in ordered(record) if c["metrics"]["ppl"]]
+    ways = ("conventional", "context_aware")
+    rows = [[name, *("  ".join(estimate(m["ppl"][way])) for way in ways)] for name, m in named]
+    yield ("", "conventional", "context-aware"), rows, "Perplexity of the text"
+
+
+def _pairs(record: Record, labels: Mapping[str, str]) -> Iterator[Section]:
+    if not record["pairs"]:
+        return
+    rows = [
+        [
+            f"{labels[pair['a']]} − {labels[pair['b']]}",
+            "  ".join(estimate(pair["fdt_difference"])).strip(),
+            number(pair["p_value"], 2),
+            number(pair["p_holm"], 2),
         ]
-        yield ("pair", "FDT difference", "p", "p, Holm"), rows, "Differences on the same prompts"
+        for pair in record["pairs"]
+    ]
+    yield ("pair", "FDT difference", "p", "p, Holm"), rows, "Differences on the same prompts"
 
 
 def _breakdown(

@@ -27,8 +27,13 @@ _DIGITS = 4
 
 def text_view(sources: Sequence[Source]) -> dict[str, Any]:
     """Prompts, the base's tokens, and of each candidate its rows and what it wrote on its own."""
-    found = [_comparison(source) for source in sources if source.kind == "comparison"]
+    found = [_comparison(source) for source in sources if _has_texts(source)]
     return {"near_tie": NEAR_TIE_LOGITS, "columns": ROW, "comparisons": found}
+
+
+def _has_texts(source: Source) -> bool:
+    """Older files lack the base's completions."""
+    return source.kind == "comparison" and "completions" in source.record["prompts"]
 
 
 def _comparison(source: Source) -> dict[str, Any]:

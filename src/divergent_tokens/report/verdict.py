@@ -75,6 +75,8 @@ def verdicts(sources: Sequence[Source]) -> list[Verdict]:
             found.append(_plan(record, source.name))
         elif source.kind == "sweep":
             found.append(_sweep(record, source.name))
+        elif source.kind == "curve":
+            found.append(_curve(record, source.name))
         elif source.kind == "pruning":
             found.append(_pruning(record, source.name))
         elif source.kind == "verification":
@@ -95,7 +97,8 @@ def _of_candidates(record: Record) -> str:
         parts.append(f"{_listed(same)} {verb} indistinguishable from rounding")
     if apart:
         closest, farthest = apart[0], apart[-1]
-        parts.append(f"{closest['name']} stays closest, parting {_parting(closest['metrics'])}")
+        stays = "parts" if len(apart) == 1 else "stays closest, parting"
+        parts.append(f"{closest['name']} {stays} {_parting(closest['metrics'])}")
     if len(apart) > 1:
         parts.append(f"{farthest['name']} drifts most, parting {_parting(farthest['metrics'])}")
     return "; ".join(parts) + "."
@@ -107,6 +110,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def _parting(metrics: Record) -> str:
     fdt, length = number(metrics["fdt"]["value"]), metrics["mean_length"]
+    if metrics["identical"] == 1:
+        return f"on no prompt within {length:.3g} tokens"
     return f"after {fdt} of {length:.3g} tokens on average"
 
 
@@ -221,6 +226,9 @@ def _sweep(record: Record, name: str) -> Verdict:
         }
         worst = sorted(found, key=found.__getitem__, reverse=True)
         total, n, sum_ = sum(found.values()), 0, 0.0
+        if not total:
+            details.append(f"Under {scheme} no component does any harm.")
+            continue
         while n < len(worst) and sum_ < HALF * total:
             sum_ += found[worst[n]]
             n += 1
@@ -230,6 +238,19 @@ def _sweep(record: Record, name: str) -> Verdict:
         )
     n = len(record["components"])
     return Verdict(PLAIN, name, f"{n} components, each judged on its own.", details)
+
+
+def _curve(record: Record, name: str) -> Verdict:
+    orders: dict[str, list[Record]] = {}
+    for point in record["points"]:
+        orders.setdefault(point["rank_by"], []).append(point)
+    details = []
+    for order, points in orders.items():
+        most = max(points, key=lambda point: point["n_components"])
+        fdt = _whole(most["measured"]["metrics"]["fdt"])
+        details.append(f"By {order}: FDT {fdt} with {most['n_components']} components converted.")
+    n = len(record["points"])
+    return Verdict(PLAIN, name, f"{n} plans of several sizes, measured.", details)
 
 
 def _pruned(record: Record) -> str:

@@ -105,7 +105,9 @@ function sides(row, i) {
   const pieces = comparison().pieces[i];
   const shared = pieces.slice(0, row[AT.fdt]).join("");
   const made = element("div", "sides");
-  made.append(side("Base", shared, "base", row[AT.base_token], pieces.slice(row[AT.fdt]).join("")));
+  const parted = row[AT.fdt];
+  const own = row[AT.censored] ? null : pieces[parted] || row[AT.base_token];
+  made.append(side("Base", shared, "base", own, pieces.slice(parted).join("")));
   const written = candidate().written[i];
   const name = candidate().name;
   if (row[AT.censored]) made.append(side(name, shared, "other", null, ""));
@@ -113,18 +115,26 @@ function sides(row, i) {
   return made;
 }
 
-// `rest` begins with the token, where it is known at all.
+// `rest` begins with the token, where it is known at all; a token alone may have lost its blank.
 function side(name, shared, className, token, rest) {
   const made = element("div");
   const text = element("pre");
   text.append(element("span", "shared", shared));
   if (token !== null) {
-    text.append(element("mark", className, visible(token)));
+    const start = rest === null ? token : beginning(rest, token);
+    text.append(element("mark", className, visible(start || token)));
     if (rest === null) text.append(element("span", "unknown", " … not written (compare with --examples)"));
-    else text.append(rest.startsWith(token) ? rest.slice(token.length) : rest);
+    else text.append(rest.slice(start.length));
   }
   made.append(element("h4", "", name), text);
   return made;
+}
+
+function beginning(rest, token) {
+  if (rest.startsWith(token)) return token;
+  const blanks = rest.length - rest.trimStart().length;
+  const bare = token.trimStart();
+  return bare !== "" && rest.startsWith(bare, blanks) ? rest.slice(0, blanks + bare.length) : "";
 }
 
 function visible(token) {

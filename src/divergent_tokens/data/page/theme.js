@@ -29,8 +29,16 @@ function number(value, digits = 3) {
   return value.toFixed(Math.max(0, digits - 1 - size));
 }
 
+// Near 100 % the digits count what is missing from it.
 function percent(share, digits = 3) {
-  return share === null || share === undefined ? "–" : `${number(100 * share, digits)}%`;
+  if (share === null || share === undefined || Number.isNaN(share)) return "–";
+  if (share === 0 || share === 1) return `${100 * share}%`;
+  if (!(share > 0 && share < 1)) return `${number(100 * share, digits)}%`;
+  if (share < 0.00001) return "<0.001%";
+  if (share > 0.99999) return ">99.999%";
+  const size = Math.floor(Math.log10(100 * Math.min(share, 1 - share)));
+  const decimals = Math.max(digits - 2, digits - size - (share > 0.5 ? 2 : 1));
+  return `${(100 * share).toFixed(Math.min(Math.max(decimals, 0), 3))}%`;
 }
 
 // An element with a class and text; text of records goes through here only, never through HTML.

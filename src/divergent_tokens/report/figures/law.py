@@ -1,5 +1,6 @@
 """The flip law: measured SDT and FDT against KL, and the margins that it starts from."""
 
+import math
 from collections.abc import Sequence
 
 from divergent_tokens.report.figures.figure import (
@@ -33,11 +34,13 @@ def law(record: Record, noise: Record, name: str) -> Figure | None:
         return None
     data: list[Trace] = []
     views = []
+    # A tenth of a token in all: what a logarithmic axis has for zero.
+    n_tokens = sum(row["n_tokens"] for row in candidates[0]["rows"])
     for metric, title, column in METRICS:
-        first = len(data)
-        data += _band(noise["table"], column)
-        data += [_point(c, i, metric) for i, c in enumerate(candidates)]
-        views.append(View(title, tuple(range(first, len(data))), {"yaxis": _y(metric)}))
+        first, least = len(data), 0.1 / n_tokens if metric == "sdt" else 0.0
+        data += _band(noise["table"], column, least)
+        data += [_point(c, i, metric, least) for i, c in enumerate(candidates)]
+        views.append(View(title, tuple(range(first, len(data))), {"yaxis": _y(metric, least)}))
     judged = {one["name"]: one for one in noise["candidates"]}
     rows = [_row(candidate, judged[candidate["name"]]) for candidate in candidates]
     constants = noise["law"]
@@ -50,12 +53,13 @@ def law(record: Record, noise: Record, name: str) -> Figure | None:
             f"and band; σ/√KL = {number(constants['sdt']['value'])} for SDT, "
             f"{number(constants['fdt']['value'])} for FDT, "
             f"{_many(constants['sdt']['n_measured'])}). A point off the band is damage of "
-            "another kind. The law ends at a KL of 0.3."
+            "another kind. At the lower edge no token differs. The law ends at a KL of 0.3."
         ),
         alt="; ".join(f"{row[0]}: {row[-1]}" for row in rows),
         data=data,
         layout=layout(
-            axis("KL, nats per token", type="log", exponentformat="power", dtick=1), _y("sdt")
+            axis("KL, nats per token", type="log", exponentformat="power", dtick=1),
+            _y("sdt", 0.1 / n_tokens),
         ),
         columns=("", "KL", "SDT", "by the law", "FDT", "by the law", ""),
         rows=rows,
@@ -86,18 +90,18 @@ def verdict(judged: Record) -> str:
     return "not ordinary noise: " + " and ".join(parts)
 
 
-def _y(metric: str) -> Record:
+def _y(metric: str, least: float) -> Record:
     if metric == "sdt":
-        return axis("share of divergent tokens", type="log", tickformat=".3~%", dtick=1)
+        span = [math.log10(least), 0.05]
+        name = "share of divergent tokens"
+        return axis(name, type="log", tickformat=".3~%", dtick=1, range=span)
     return axis("tokens until they part", type="linear", rangemode="tozero", tickformat="")
 
 
-def _band(table: Sequence[Sequence[float]], column: int) -> list[Trace]:
+def _band(table: Sequence[Sequence[float]], column: int, least: float) -> list[Trace]:
+    """Nothing is drawn below `least`: a logarithmic axis has no zero."""
     kls = [row[0] for row in table]
-    # A logarithmic axis has no zero.
-    least = min(row[column] for row in table) / 10 if column == 1 else 0.0
-    low = [max(row[column + 1], least) for row in table]
-    high = [max(row[column + 2], least) for row in table]
+    low, high = ([max(row[column + i], least) for row in table] for i in (1, 2))
     return [
         {
             "type": "scatter",
@@ -115,14 +119,14 @@ def _band(table: Sequence[Sequence[float]], column: int) -> list[Trace]:
             "mode": "lines",
             "name": "flip law",
             "x": kls,
-            "y": [row[column] for row in table],
+            "y": [max(row[column], least) for row in table],
             "line": {"color": FLOOR, "width": 2, "dash": "dash"},
             "hoverinfo": "skip",
         },
     ]
 
 
-def _point(candidate: Record, i: int, metric: str) -> Trace:
+def _point(candidate: Record, i: int, metric: str, least: float) -> Trace:
     metrics = candidate["metrics"]
     value = on_one_line(
         "\n".join(filter(None, estimate(metrics[metric], as_percent=metric == "sdt")))
@@ -132,7 +136,7 @@ def _point(candidate: Record, i: int, metric: str) -> Trace:
         "mode": "markers",
         "name": label(candidate["name"]),
         "x": [metrics["kl"]["value"]],
-        "y": [metrics[metric]["value"]],
+        "y": [max(metrics[metric]["value"], least)],
         "error_x": error([metrics["kl"]]),
         "error_y": error([metrics[metric]]),
         "marker": {"color": colour(i), "symbol": symbol(i), "size": 11},

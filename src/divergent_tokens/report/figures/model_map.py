@@ -148,6 +148,8 @@ def _heat(values: Values, style: Trace) -> Trace:
     at = {}
     for name, (value, text) in values.items():
         layer, column = place(name)
+        if (layer, column) in at:  # of another stack of layers
+            column = f"{name.partition('.')[0]} {column}"
         layers[layer], columns[column] = None, None
         at[layer, column] = value, f"{shown(name)}<br>{shown(text)}"
     order = sorted(

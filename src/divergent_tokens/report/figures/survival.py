@@ -41,9 +41,9 @@ def survival(record: Record, name: str) -> Figure:
         title="How long each candidate agrees with the base",
         caption=(
             "The share of prompts on which a candidate has written nothing else than the base "
-            f"after t tokens; bands are {level:g}% intervals over prompts. Grey: the base against "
-            "its own text. A line that falls at once belongs to a model that writes another text "
-            "at once."
+            f"on its first t + 1 tokens; bands are {level:g}% intervals over prompts. Grey: the "
+            "base against its own text. A line that falls at once belongs to a model that writes "
+            "another text at once."
         ),
         alt="; ".join(f"{row[0]}: {row[3]} of prompts never part from the base" for row in rows),
         data=traces,
@@ -87,7 +87,7 @@ def _line(
         "line": {"color": colour, "dash": dash, "width": 2.4},
         "hoverinfo": "text",
         "text": [
-            f"{label(name)}: {percent(y)} agree after {number(x)} tokens"
+            f"{label(name)}: {percent(y)} agree on the first {number(x + 1)} tokens"
             for x, y in zip(xs, ys, strict=True)
         ],
     }
