@@ -16,7 +16,7 @@ demo: $(RUNTIME)
 	$(BIN)/dtm compare demo:smollm2 --scheme int8 --scheme int4:g64 --scheme magnitude:0.5 --n-prompts 64 --examples 1 --out comparison.json
 
 test: $(DEVELOPMENT)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # llm-compressor holds transformers back, so that it has an environment of its own.
 test-llmcompressor: $(COMPRESSOR)
