@@ -13,7 +13,6 @@ import torch
 
 from divergent_tokens.compress.components import Component, find_components, weight_of
 from divergent_tokens.compress.donors import Donor
-from divergent_tokens.compress.gptq import check_llm_compressor
 from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern
@@ -72,8 +71,6 @@ def prune(
         raise RecordError(f"{out} is the base itself; write to another folder")
     by_kl = settings.allocate == "kl" and settings.pattern is None
     check_components(base.network, components, settings.criterion, with_harm=by_kl)
-    if settings.criterion == "sparsegpt":
-        check_llm_compressor("--criterion sparsegpt", "--criterion wanda")
     if settings.pattern is not None:
         check_pattern(*settings.pattern, components)
     stacked = [c.name for c in components if c.stack_index is not None]

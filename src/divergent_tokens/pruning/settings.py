@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from divergent_tokens.allocation import ALLOCATIONS, MEASURED, Allocate
+from divergent_tokens.compress.gptq import check_llm_compressor
 from divergent_tokens.compress.units import GRANULARITIES, Granularity
 from divergent_tokens.errors import SchemeError
 from divergent_tokens.recover import Training
@@ -93,6 +94,8 @@ class Settings:
             )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
+        if self.criterion == "sparsegpt":
+            check_llm_compressor("--criterion sparsegpt", "--criterion wanda")
 
     @property
     def saliency(self) -> Criterion:

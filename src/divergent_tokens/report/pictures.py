@@ -13,7 +13,7 @@ from divergent_tokens.errors import DivergentTokensError, RecordError
 from divergent_tokens.report.chapters import chapters
 from divergent_tokens.report.figures.figure import Figure
 from divergent_tokens.report.records import Source
-from divergent_tokens.store import replacing_file
+from divergent_tokens.store import clear_disk_errors, replacing_file
 
 WIDTH = 900
 """Pixels; the heights are the page's."""
@@ -75,7 +75,8 @@ def write_pictures(sources: Sequence[Source], folder: Path, format: str) -> list
             raise DivergentTokensError(
                 f"{where} did not draw {missing[0]}; try another browser, named in {BROWSER}"
             )
-        folder.mkdir(exist_ok=True)
+        with clear_disk_errors(folder):
+            folder.mkdir(exist_ok=True)
         for path in drawn:
             with replacing_file(folder / path.name) as target:
                 shutil.copy(path, target)
