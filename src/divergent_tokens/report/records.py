@@ -86,6 +86,7 @@ def read_source(path: Path) -> Source:
     if kind == "comparison":
         from divergent_tokens.noise import noise
 
+        _check_lengths(record, path)
         return Source(path, kind, record, noise=noise(record))
     return Source(path, kind, record)
 
@@ -173,6 +174,26 @@ def _check(record: Record, kind: Kind, path: Path) -> None:
             f"{path} is no whole {kind}: {error.json_path}: {message}; expected what "
             f"`{WRITERS[kind]}` writes"
         )
+
+
+def _check_lengths(record: Record, path: Path) -> None:
+    """Raise for a comparison whose parts are of other numbers of prompts, or of other groups."""
+    prompts, floor = record["prompts"], record["noise_floor"]
+    n = prompts["n_prompts"]
+    lists = {name: prompts[name] for name in ("texts", "margins", "completions") if name in prompts}
+    lists |= {f"rows of {c['name']}": c["rows"] for c in record["candidates"]}
+    for name, values in lists.items():
+        if len(values) != n:
+            raise RecordError(
+                f"{path} has {n} prompts and {len(values)} {name}; expected as many: compare again"
+            )
+    for candidate in record["candidates"]:
+        for key in ("by_domain", "by_language"):
+            if candidate["metrics"][key].keys() != floor[key].keys():
+                raise RecordError(
+                    f"{path}: {candidate['name']} has other groups in {key} than the noise floor; "
+                    "compare again"
+                )
 
 
 def _fingerprint(source: Source) -> str:
