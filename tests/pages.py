@@ -34,7 +34,7 @@ SMALLER = {
 LARGE = {
     "compare": ("--n-prompts", "--new-tokens"),
     "complete": ("--n-prompts", "--new-tokens"),
-    "pilot": ("--new-tokens",),
+    "pilot": ("--n-prompts", "--new-tokens"),
     "sweep": ("--n-prompts", "--new-tokens"),
     "verify": ("--n-prompts", "--new-tokens"),
     "prune": ("--n-prompts", "--new-tokens", "--n-sequences", "--length"),
@@ -153,7 +153,10 @@ def made_smaller(line: str) -> str:
             at = words.index(option) + 1
             words[at] = str(min(int(words[at]), SMALLER[option]))
         elif option in LARGE.get(words[1], ()):
-            words[2:2] = [option, str(SMALLER[option])]
+            smaller = SMALLER[option]
+            if words[1] == "pilot" and option == "--n-prompts":
+                smaller *= 2  # of fewer it refuses to say anything
+            words[2:2] = [option, str(smaller)]
     return " ".join(words)
 
 
