@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from divergent_tokens.cli.loading import load_base
+from divergent_tokens.cli.loading import Asked, load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -49,7 +49,7 @@ from divergent_tokens.conditions import Condition, largest_flips, parse_conditio
 from divergent_tokens.errors import DivergentTokensError
 
 if TYPE_CHECKING:
-    from divergent_tokens.candidates import Candidates
+    pass
 
 
 def compare(
@@ -169,15 +169,7 @@ def compare(
     if report:
         _check_report(report, out)
 
-    from divergent_tokens.candidates import (
-        check_names,
-        joined,
-        model_candidates,
-        plan_candidates,
-        scheme_candidates,
-    )
-    from divergent_tokens.compress.plan_file import read_plan
-    from divergent_tokens.compress.schemes import parse_scheme
+    from divergent_tokens.candidates import model_candidates
     from divergent_tokens.measure import comparison
     from divergent_tokens.measure.perplexity import read_text
     from divergent_tokens.measure.prompts import read_prompts
@@ -185,10 +177,10 @@ def compare(
 
     on_signals(tidy_up)
     # Whatever is wrong with the candidates is said before any work is done on the base.
-    schemes_given = map(str, map(parse_scheme, scheme or ()))
-    check_names(*(candidates or ()), *schemes_given, *map(str, plan or ()), *files)
-    for path in plan or ():
-        read_plan(path)
+    given = Asked(
+        candidates or (), scheme or (), plan or (), include or (), exclude or (), calibration
+    )
+    given.check(*files)
     given_text = read_text(text) if text else None
     asked = None
     if tasks is not None:
@@ -214,25 +206,9 @@ def compare(
     model_candidates(*(candidates or ()), **loading)
     with progress_bar(quiet) as progress:
         model = load_base(base, progress, **loading)
-        # In the base's dtype and on its device: other rounding would be counted as harm.
-        loading |= {"dtype": model.dtype, "device": model.device}
-        models = model_candidates(*(candidates or ()), **loading)
-        schemes: Candidates = {}
-        if scheme:
-            schemes = scheme_candidates(
-                model,
-                *scheme,
-                include=include or (),
-                exclude=exclude or (),
-                calibration=calibration,
-                cache=cache,
-            )
-        plans: Candidates = {}
-        if plan:
-            plans = plan_candidates(model, *plan, calibration=calibration, cache=cache)
         result = comparison.compare(
             model,
-            joined(models, schemes, plans),
+            given.candidates(model, **loading),
             read_prompts(
                 prompts,
                 model,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from divergent_tokens.cli.loading import load_base
+from divergent_tokens.cli.loading import Asked, load_base
 from divergent_tokens.cli.options import (
     AllowPickle,
     Base,
@@ -136,15 +136,8 @@ def pilot(
 
     from divergent_tokens import pilot as pilots
     from divergent_tokens.candidates import (
-        Candidates,
-        check_names,
-        joined,
         model_candidates,
-        plan_candidates,
-        scheme_candidates,
     )
-    from divergent_tokens.compress.plan_file import read_plan
-    from divergent_tokens.compress.schemes import parse_scheme
     from divergent_tokens.measure.prompts import read_prompts
     from divergent_tokens.measure.widths import parse_widths
     from divergent_tokens.store import default_cache
@@ -152,11 +145,10 @@ def pilot(
     on_signals(tidy_up)
     # Whatever is wrong with what was asked for is said before any work is done on the base.
     widths = parse_widths(width or (), new_tokens=max(lengths))
-    check_names(
-        *(candidates or ()), *map(str, map(parse_scheme, scheme or ())), *map(str, plan or ())
+    given = Asked(
+        candidates or (), scheme or (), plan or (), include or (), exclude or (), calibration
     )
-    for path in plan or ():
-        read_plan(path)
+    given.check()
     options = {
         "--prompts": prompts,
         "--skip-prompts": skip_prompts,
@@ -189,15 +181,6 @@ def pilot(
     model_candidates(*(candidates or ()), **loading)
     with progress_bar(quiet) as progress:
         model = load_base(base, progress, **loading)
-        # In the base's dtype and on its device: other rounding would be counted as harm.
-        loading |= {"dtype": model.dtype, "device": model.device}
-        groups: list[Candidates] = [model_candidates(*(candidates or ()), **loading)]
-        made: dict[str, Any] = {"calibration": calibration, "cache": cache}
-        if scheme:
-            touched: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
-            groups.append(scheme_candidates(model, *scheme, **touched, **made))
-        if plan:
-            groups.append(plan_candidates(model, *plan, **made))
         reading: dict[str, Any] = {
             "prefix": max(prefixes),
             "chat": chat,
@@ -209,7 +192,7 @@ def pilot(
         trial = read_prompts(prompts, model, n_prompts=n_prompts, skip=skip_prompts, **reading)
         result = pilots.pilot(
             model,
-            joined(*groups),
+            given.candidates(model, **loading),
             trial,
             widths,
             prefixes=() if chat else prefixes,

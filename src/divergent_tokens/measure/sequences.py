@@ -1,7 +1,7 @@
 """Sequences of one length, cut from documents: to train on, and to see what weights matter for."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from divergent_tokens.errors import PromptError
-from divergent_tokens.measure.documents import read_documents
+from divergent_tokens.measure.documents import Document, read_documents
 from divergent_tokens.measure.samples import sample_documents
 from divergent_tokens.models import Model
 from divergent_tokens.store import content_key, read_entry, writing_entry
@@ -65,22 +65,10 @@ def read_sequences(
     for done, source in enumerate(sources):
         # What a short source lacks, those after it give.
         room = (n_sequences - sum(map(len, parts))) // (len(sources) - done)
-        key = content_key(
-            sequences=1,
-            base=model.fingerprint,
-            dtype=model.dtype_name,
-            device=model.device.type,
-            shape=[room, length],
-            seed=seed,
-        )
-        kept = read_entry(cache, key) if source == "self" else None
-        if kept is not None:
-            parts.append(np.array(kept.arrays["ids"]))
-            continue
-        parts.append(_cut(source, model, length, room, text_field, seed))
-        if source == "self" and cache is not None:
-            with writing_entry(cache, key) as writer:
-                writer.array("ids", parts[-1].shape, parts[-1].dtype)[:] = parts[-1]
+        if source == "self":
+            parts.append(_drawn(model, length, room, seed, cache))
+        else:
+            parts.append(_cut(read_documents(source, text_field=text_field), model, length, room))
     ids = np.concatenate(parts)
     if len(ids) < FEWEST:
         raise PromptError(
@@ -90,20 +78,37 @@ def read_sequences(
     return Sequences(ids, ", ".join(sources))
 
 
+def _drawn(
+    model: Model, length: int, n_sequences: int, seed: int, cache: Path | None
+) -> NDArray[np.int64]:
+    """The model's own, from the cache where they were drawn before. [sequence, token]"""
+    key = content_key(
+        sequences=1,
+        base=model.fingerprint,
+        dtype=model.dtype_name,
+        device=model.device.type,
+        shape=[n_sequences, length],
+        seed=seed,
+    )
+    kept = read_entry(cache, key)
+    if kept is not None:
+        return np.array(kept.arrays["ids"])
+    documents = sample_documents(model, n_tokens=length, n_draws=2 * n_sequences, seed=seed)
+    ids = _cut(documents, model, length, n_sequences)
+    if cache is not None:
+        with writing_entry(cache, key) as writer:
+            writer.array("ids", ids.shape, ids.dtype)[:] = ids
+    return ids
+
+
 def _cut(
-    source: str, model: Model, length: int, n_sequences: int, text_field: str, seed: int
+    documents: Iterable[Document], model: Model, length: int, n_sequences: int
 ) -> NDArray[np.int64]:
     """[sequence, token]"""
-    end = model.eos_ids[:1]
     ids: list[int] = []
-    documents = (
-        sample_documents(model, n_tokens=length, n_draws=2 * n_sequences, seed=seed)
-        if source == "self"
-        else read_documents(source, text_field=text_field)
-    )
     for document in documents:
         ids += model.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += end
+        ids += model.eos_ids[:1]
         if len(ids) >= n_sequences * length:
             break
     n = min(n_sequences, len(ids) // length)

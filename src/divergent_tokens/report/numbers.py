@@ -77,3 +77,9 @@ def sparkline(survival: Sequence[Sequence[float]], length: float, width: int = 1
         before = [row[1] for row in survival if row[0] <= t]
         shares.append(before[-1] if before else 1.0)
     return "".join(BARS[min(len(BARS) - 1, int(share * len(BARS)))] for share in shares)
+
+
+def in_words(value: Mapping[str, Any] | None, *, as_percent: bool = False) -> str:
+    """An ESTIMATE on one line, its interval in brackets."""
+    found, interval = estimate(value, as_percent=as_percent)
+    return f"{found} ({interval})" if interval else found

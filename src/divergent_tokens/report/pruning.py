@@ -5,13 +5,12 @@ from collections.abc import Iterator
 
 from rich.console import RenderableType
 
-from divergent_tokens.report.numbers import estimate, number, percent
+from divergent_tokens.report.numbers import in_words, number, percent
 from divergent_tokens.report.tables import (
     Record,
     Section,
     harmless,
     markdown_page,
-    on_one_line,
     on_prompts,
     text_page,
 )
@@ -76,10 +75,7 @@ def sections(record: Record) -> Iterator[Section]:
 
 
 def _estimates(metrics: Record) -> list[str]:
-    return [
-        on_one_line("\n".join(filter(None, estimate(metrics[name], as_percent=name == "sdt"))))
-        for name in ("fdt", "sdt", "kl")
-    ]
+    return [in_words(metrics[name], as_percent=name == "sdt") for name in ("fdt", "sdt", "kl")]
 
 
 def _kinds(record: Record) -> list[list[str]]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from divergent_tokens.report import verification
 from divergent_tokens.report.figures.law import verdict as noise_verdict
-from divergent_tokens.report.numbers import estimate, number, percent
+from divergent_tokens.report.numbers import in_words, number, percent
 from divergent_tokens.report.records import Source
-from divergent_tokens.report.tables import Record, harmless, on_one_line
+from divergent_tokens.report.tables import Record, harmless
 from divergent_tokens.report.text import (
     NEAR_TIES_WORTH_A_NOTE,
     ROUNDING_FACTOR,
@@ -131,7 +131,7 @@ def _candidates(record: Record, noise: Record) -> Iterator[Verdict]:
 
 
 def _sentence(metrics: Record, rounding: Record, *, same: bool) -> str:
-    fdt, sdt = (_whole(metrics[name], share=name == "sdt") for name in ("fdt", "sdt"))
+    fdt, sdt = (in_words(metrics[name], as_percent=name == "sdt") for name in ("fdt", "sdt"))
     said = (
         f"Writes {fdt} of {metrics['mean_length']:.3g} tokens as the base does before the first "
         f"other one; {sdt} of all tokens differ."
@@ -143,10 +143,6 @@ def _sentence(metrics: Record, rounding: Record, *, same: bool) -> str:
         said += f" Its KL is {number(metrics['kl']['value'])} nats per token, "
         said += "far above rounding." if times > FAR else f"{number(times, 2)} times rounding's."
     return said
-
-
-def _whole(value: Record | None, *, share: bool = False) -> str:
-    return on_one_line("\n".join(filter(None, estimate(value, as_percent=share))))
 
 
 def _details(record: Record, candidate: Record, judged: Record | None) -> Iterator[str]:
@@ -196,14 +192,14 @@ def _plan(record: Record, name: str) -> Verdict:
         else:
             details.append(
                 f"Expected: KL {number(predicted['kl'])}, SDT "
-                f"{_whole(predicted['sdt'], share=True)}, FDT {_whole(predicted['fdt'])}."
+                f"{in_words(predicted['sdt'], as_percent=True)}, FDT {in_words(predicted['fdt'])}."
             )
     if "measured" in steps:
         metrics = steps["measured"]["metrics"]
         details.append(
             f"Measured on {steps['measured']['prompts']['n_prompts']} prompts: KL "
-            f"{_whole(metrics['kl'])}, SDT {_whole(metrics['sdt'], share=True)}, FDT "
-            f"{_whole(metrics['fdt'])}."
+            f"{in_words(metrics['kl'])}, SDT {in_words(metrics['sdt'], as_percent=True)}, FDT "
+            f"{in_words(metrics['fdt'])}."
         )
     return Verdict(PLAIN, name, f"The plan: {schemes}; {percent(share)} of the bytes.", details)
 
@@ -247,7 +243,7 @@ def _curve(record: Record, name: str) -> Verdict:
     details = []
     for order, points in orders.items():
         most = max(points, key=lambda point: point["n_components"])
-        fdt = _whole(most["measured"]["metrics"]["fdt"])
+        fdt = in_words(most["measured"]["metrics"]["fdt"])
         details.append(f"By {order}: FDT {fdt} with {most['n_components']} components converted.")
     n = len(record["points"])
     return Verdict(PLAIN, name, f"{n} plans of several sizes, measured.", details)
@@ -258,7 +254,7 @@ def _pruned(record: Record) -> str:
     zeros = percent(record["rounds"][-1]["sparsity"])
     return (
         f"{zeros} zeros after {n} round{'' if n == 1 else 's'}: "
-        f"FDT {_whole(metrics['fdt'])}, SDT {_whole(metrics['sdt'], share=True)}."
+        f"FDT {in_words(metrics['fdt'])}, SDT {in_words(metrics['sdt'], as_percent=True)}."
     )
 
 

@@ -18,8 +18,8 @@ from divergent_tokens.report.figures.figure import (
     shown,
     symbol,
 )
-from divergent_tokens.report.numbers import estimate, number, percent
-from divergent_tokens.report.tables import Record, on_one_line
+from divergent_tokens.report.numbers import in_words, number, percent
+from divergent_tokens.report.tables import Record
 
 METRICS = (("fdt", "FDT"), ("sdt", "SDT"), ("kl", "KL"))
 LINE = "#3b82c4"
@@ -156,7 +156,7 @@ def _measured(metric: str, measured: Sequence[Measured]) -> Iterator[Trace]:
             "hoverinfo": "text",
             "text": [
                 f"{shown(one.name)}: {metric.upper()} "
-                + on_one_line("\n".join(filter(None, estimate(value, as_percent=metric == "sdt"))))
+                + in_words(value, as_percent=metric == "sdt")
                 for one, value in zip(own, found, strict=True)
             ],
         }
@@ -170,10 +170,7 @@ def _lines(
 
 
 def _row(one: Measured) -> list[str]:
-    cells = (
-        on_one_line("\n".join(filter(None, estimate(one.metrics[m], as_percent=m == "sdt"))))
-        for m in ("kl", "sdt", "fdt")
-    )
+    cells = (in_words(one.metrics[m], as_percent=m == "sdt") for m in ("kl", "sdt", "fdt"))
     return [percent(one.share), *cells, f"measured: {one.name}"]
 
 

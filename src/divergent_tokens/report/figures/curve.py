@@ -14,8 +14,8 @@ from divergent_tokens.report.figures.figure import (
     layout,
     symbol,
 )
-from divergent_tokens.report.numbers import estimate, number, percent
-from divergent_tokens.report.tables import Record, on_one_line, on_prompts
+from divergent_tokens.report.numbers import in_words, number, percent
+from divergent_tokens.report.tables import Record, on_prompts
 
 METRICS = (("fdt", "FDT"), ("sdt", "SDT"), ("kl", "KL"))
 TITLES = {"fdt": "tokens until they part", "sdt": "share of divergent tokens", "kl": "KL, nats"}
@@ -79,7 +79,7 @@ def _line(order: str, i: int, points: Sequence[Record], metric: str) -> Trace:
         "hoverinfo": "text",
         "text": [
             f"by {label(order)}, {p['n_components']} components: "
-            + on_one_line("\n".join(filter(None, estimate(one, as_percent=metric == "sdt"))))
+            + in_words(one, as_percent=metric == "sdt")
             for p, one in zip(points, found, strict=True)
         ],
     }
@@ -90,8 +90,5 @@ def _said(point: Record) -> str:
 
 
 def _row(point: Record) -> list[str]:
-    cells = [
-        on_one_line("\n".join(filter(None, estimate(_metrics(point)[m], as_percent=m == "sdt"))))
-        for m, _ in METRICS
-    ]
+    cells = [in_words(_metrics(point)[m], as_percent=m == "sdt") for m, _ in METRICS]
     return [point["rank_by"], str(point["n_components"]), percent(point["share"]), *cells]

@@ -12,7 +12,7 @@ from divergent_tokens.report.figures.figure import (
     shown,
     symbol,
 )
-from divergent_tokens.report.numbers import estimate, percent
+from divergent_tokens.report.numbers import estimate, in_words, percent
 from divergent_tokens.report.tables import Record
 from divergent_tokens.report.text import ordered
 
@@ -88,8 +88,7 @@ def _points(candidate: Record, i: int, n: int, key: str, metric: str) -> Trace:
         "hoverinfo": "text",
         "text": [
             f"{label(candidate['name'])}, {shown(group)}: "
-            + " (".join(filter(None, estimate(one, as_percent=metric == "sdt")))
-            + (")" if estimate(one)[1] else "")
+            + in_words(one, as_percent=metric == "sdt")
             for group, one in found.items()
         ],
     }

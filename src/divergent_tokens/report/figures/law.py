@@ -17,8 +17,8 @@ from divergent_tokens.report.figures.figure import (
     shown,
     symbol,
 )
-from divergent_tokens.report.numbers import estimate, number, percent
-from divergent_tokens.report.tables import Record, on_one_line
+from divergent_tokens.report.numbers import in_words, number, percent
+from divergent_tokens.report.tables import Record
 from divergent_tokens.report.text import NEAR_TIE_LOGITS, ordered
 
 METRICS = (("sdt", "SDT", 1), ("fdt", "FDT", 4))
@@ -128,9 +128,7 @@ def _band(table: Sequence[Sequence[float]], column: int, least: float) -> list[T
 
 def _point(candidate: Record, i: int, metric: str, least: float) -> Trace:
     metrics = candidate["metrics"]
-    value = on_one_line(
-        "\n".join(filter(None, estimate(metrics[metric], as_percent=metric == "sdt")))
-    )
+    value = in_words(metrics[metric], as_percent=metric == "sdt")
     return {
         "type": "scatter",
         "mode": "markers",
@@ -153,8 +151,7 @@ def _row(candidate: Record, judged: Record) -> list[str]:
     for name in ("sdt", "fdt"):
         share = name == "sdt"
         cells.append((percent if share else number)(judged[name]["measured"]))
-        law = estimate(judged[name]["expected"], as_percent=share)
-        cells.append(on_one_line("\n".join(filter(None, law))))
+        cells.append(in_words(judged[name]["expected"], as_percent=share))
     return [*cells, verdict(judged)]
 
 

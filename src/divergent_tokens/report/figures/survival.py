@@ -14,8 +14,8 @@ from divergent_tokens.report.figures.figure import (
     layout,
     shown,
 )
-from divergent_tokens.report.numbers import estimate, number, percent
-from divergent_tokens.report.tables import Record, on_one_line
+from divergent_tokens.report.numbers import in_words, number, percent
+from divergent_tokens.report.tables import Record
 from divergent_tokens.report.text import ordered
 
 N_BINS = 16
@@ -58,8 +58,8 @@ def survival(record: Record, name: str) -> Figure:
 
 
 def _row(name: str, metrics: Record) -> list[str]:
-    cells = ["\n".join(filter(None, estimate(metrics[key]))) for key in ("fdt", "median_fdt")]
-    return [name, *map(on_one_line, cells), percent(metrics["identical"])]
+    cells = [in_words(metrics[key]) for key in ("fdt", "median_fdt")]
+    return [name, *cells, percent(metrics["identical"])]
 
 
 def _steps(curve: Sequence[Sequence[float]], column: int, length: int) -> tuple[list[float], ...]:
