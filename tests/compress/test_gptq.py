@@ -49,16 +49,20 @@ def test_texts_that_say_too_much_or_too_little(text, said):
         parse_scheme(text)
 
 
-def test_moments_are_sums_over_all_tokens_and_shared_by_q_k_and_v():
+@pytest.mark.parametrize("tokens", [1, 50, 4096])
+def test_moments_are_sums_over_all_tokens_and_shared_by_q_k_and_v(tokens, monkeypatch):
+    monkeypatch.setattr("divergent_tokens.compress.calibration.TOKENS", tokens)
+    rows = (*ROWS.rows, (4, 5), (7, 9), (8,), *ROWS.rows[:3])
     network = tiny.network("llama")
     components = find_components(network)
-    found = {c.name: moment for c, moment in second_moments(network, components, ROWS)}
+    texts = Calibration(rows, "test")
+    found = {c.name: moment for c, moment in second_moments(network, components, texts)}
     assert list(found) == [c.name for c in components]
     seen = []
     module = network.get_submodule("model.layers.1.mlp.down_proj")
     hook = module.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0][0]))
     with torch.no_grad():
-        for row in ROWS.rows:
+        for row in rows:
             network(torch.tensor([row]))
     hook.remove()
     x = torch.cat(seen)

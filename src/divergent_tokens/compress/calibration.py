@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from divergent_tokens.errors import ModelError
 
 ROOM_BYTES = 2 * 2**30
 """Of what is collected in one reading of the text; more takes several readings."""
+TOKENS = 4096
+"""Read at once, at most: texts of one length that follow each other."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,14 @@ def _collected(
             module = network.get_submodule(component.parameter.removesuffix(".weight"))
             hook = module.register_forward_pre_hook(partial(add, component.name))
             stack.callback(hook.remove)
-        for row in calibration.rows:
-            network.base_model(torch.tensor([row], device=network.device), use_cache=False)
+        for batch in _batches(calibration.rows):
+            network.base_model(batch.to(network.device), use_cache=False)
             last.clear()
     owners = {c.name: same_as.get(c.name, c.name) for c in components}
     return {name: moments[owner] for name, owner in owners.items() if owner in moments}
+
+
+def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Ids [text, token] without padding."""
+    for length, alike in groupby(rows, key=len):
+        yield from torch.split(torch.tensor(list(alike)), max(1, TOKENS // length))
