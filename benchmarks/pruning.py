@@ -58,7 +58,11 @@ def main() -> None:
         records: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "out"
-            options = {"text": text, "cache": arguments.cache}
+            options = {
+                "text": text,
+                "cache": arguments.cache,
+                "compiled": arguments.compile,
+            }
 
             def run() -> None:
                 records.append(  # noqa: B023
@@ -77,6 +81,7 @@ def main() -> None:
                 key: getattr(arguments, key)
                 for key in ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
             },
+            "compiled": records[0]["compiled"],
             "n_prompts": len(prompts),
             "n_sequences": len(sequences_of[seed].ids),
             "length": arguments.length,
@@ -161,6 +166,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--n-saliency", type=int, default=64)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--lift", action="store_true")
     parser.add_argument("--loss", default="distill")
     parser.add_argument("--name", default="pruning")

@@ -20,7 +20,9 @@ from divergent_tokens.compress.schemes import parse_scheme
 from divergent_tokens.errors import RecordError
 from divergent_tokens.layers import decoder_layers, operations_a_token
 from divergent_tokens.measure.completions import complete
+from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.probe import probe
+from divergent_tokens.recover import Recovery, Training
 from divergent_tokens.sweep import sweep
 
 CPU = torch.device("cpu")
@@ -198,3 +200,27 @@ def test_it_can_be_asked_for_where_nothing_can_be_compiled(tmp_path, monkeypatch
         probe(base, components, SCHEMES, completions, compiled=on).draws for on in (False, True)
     )
     np.testing.assert_array_equal(asked, plain)
+
+
+@pytest.mark.parametrize("loss", ["distill", "both"])
+def test_compiled_steps_are_the_steps(loss):
+    base = runs.changed(runs.model(), lambda n: n)
+    sequences = Sequences(np.random.default_rng(1).integers(4, 200, (12, 16)), "random")
+    found = []
+    for compiles in (False, True):
+        network = runs.changed(base, lambda n: n).network
+        training = Training(batch_size=4, micro_batch=2, loss=loss)
+        recovery = Recovery(
+            network, base.network, sequences, training, total_steps=9, seed=0, compiles=compiles
+        )
+        assert recovery.compiles == compiles
+        with torch.no_grad():
+            decoder_layers(network)[1][0].mlp.up_proj.weight.mul_(0.5)
+        losses = [recovery.run(1, {}), recovery.run(1, {})]
+        weights = torch.cat([p.detach().flatten() for p in network.parameters()])
+        found.append((losses, weights))
+        assert not any("forward" in vars(m) for n in (network, base.network) for m in n.modules())
+    (plain, own), (fast, other) = found
+    assert fast == pytest.approx(plain, rel=1e-4)
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(own, other), "nothing was compiled"

@@ -1,6 +1,7 @@
 """Training of what is left between rounds of pruning, the zeros held at zero."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
 from typing import Any, Literal, get_args
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from divergent_tokens.compiled import (
+    can_compile,
+    compiled,
+    compiled_layers,
+    compiler_works,
+    compiling_pays,
+)
 from divergent_tokens.errors import DivergentTokensError, RecordError
+from divergent_tokens.layers import operations_a_token
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.replicas import Replicas
@@ -78,12 +87,14 @@ class Recovery:
         total_steps: int,
         seed: int,
         devices: Sequence[torch.device | str] = (),
+        compiles: bool | None = None,
     ) -> None:
         """All parameters are trained; on a GPU in bfloat16 autocast, weights in float32.
 
         `devices`: the network's own, and others that compute a part of each step on copies of
-        network and teacher; the optimizer is on the first alone. Results are the same but for
-        rounding, whatever they are.
+        network and teacher; the optimizer is on the first alone. Layers and the loss run compiled
+        where it pays (on one GPU, for long work), or `compiles` asks for it. Results are the same
+        but for rounding, whatever they are.
         """
         self._training, self._total, self._seed = training, total_steps, seed
         self._sequences = torch.from_numpy(sequences.ids)
@@ -105,6 +116,12 @@ class Recovery:
         wanted = None if training.loss == "ce" else teacher
         # No copy for which a step has no sequence.
         self._replicas = Replicas(network, wanted, devices[: training.batch_size])
+        if compiles is None:
+            compiles = compiling_pays(network, self._operations(wanted is not None))
+        able = len(self._replicas) == 1 and can_compile(network) and can_compile(teacher)
+        self.compiles = compiles and able and compiler_works(network.device)
+        """Whether layers and the loss run compiled."""
+        self._teacher = teacher
         self.step = 0
         """Steps that were taken, of all rounds."""
 
@@ -121,15 +138,29 @@ class Recovery:
         Raises NotFiniteError at the first loss that is no number.
         """
         losses = []
-        self._replicas.train(self._training.checkpointing)
-        try:
+        with self._training_mode():
             for done in range(n_steps):
                 losses.append(self._take_step(masks))
                 progress(name, done + 1, n_steps, f"steps, loss {losses[-1]:.3f}")
-        finally:
-            self._replicas.clear_gradients()
-            self._replicas.train(False)
         return float(np.mean(losses)) if losses else float("nan")
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Layers compiled or not; no gradient is left behind."""
+        with ExitStack() as stack:
+            for network in (self._network, self._teacher):
+                stack.enter_context(compiled_layers(network, self.compiles))
+            self._replicas.train(self._training.checkpointing)
+            try:
+                yield
+            finally:
+                self._replicas.clear_gradients()
+                self._replicas.train(False)
+
+    def _operations(self, has_teacher: bool) -> float:
+        """Of all steps: forward once and back twice, and the teacher's forward."""
+        n_tokens = self._total * self._training.batch_size * self._sequences.shape[1]
+        return (3 + has_teacher) * n_tokens * operations_a_token(self._network)
 
     def _take_step(self, masks: Mapping[str, Tensor]) -> float:
         for group in self._optimizer.param_groups:
@@ -151,10 +182,10 @@ class Recovery:
     def _backward(self, network: Any, teacher: Any, ids: Tensor) -> float:
         """The part of a step's loss that these sequences are; its gradients are added up."""
         loss = self._loss(network, teacher, ids) * (len(ids) / self._training.batch_size)
-        value = float(loss.detach())
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())  # waits for the device, so it comes last
         if not isfinite(value):
             raise NotFiniteError(f"the loss is {value} at step {self.step + 1}")
-        loss.backward()  # type: ignore[no-untyped-call]
         return value
 
     def _rate(self) -> float:
@@ -174,21 +205,17 @@ class Recovery:
         # Its cache of weights in bfloat16 is one for all threads, and each would clear the others'.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             logits: Tensor = network(input_ids=ids, use_cache=False).logits
-            logps = logits[:, :-1].float().log_softmax(-1)
-            loss = logps.new_zeros(())
+            loss = logits.new_zeros((), dtype=torch.float32)
             if kind != "ce":
                 with torch.no_grad():
-                    wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-                    wanted = wanted.float().log_softmax(-1)
-                loss = (
-                    loss
-                    + functional.kl_div(logps, wanted, reduction="none", log_target=True)
-                    .sum(-1)
-                    .mean()
-                )
+                    wanted: Tensor = teacher(input_ids=ids, use_cache=False).logits
+                loss = loss + self._made(_divergence)(logits[:, :-1], wanted[:, :-1])
             if kind != "distill":
-                loss = loss + functional.nll_loss(logps.flatten(0, 1), ids[:, 1:].flatten())
+                loss = loss + self._made(_cross_entropy)(logits[:, :-1], ids[:, 1:])
         return loss * (0.5 if kind == "both" else 1.0)
+
+    def _made(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return compiled(function) if self.compiles else function
 
     def state(self) -> dict[str, Tensor]:
         """What it takes to go on: the optimizer's moments, by parameter."""
@@ -215,6 +242,18 @@ class Recovery:
                 key: value.clone() if key == "step" else value.to(parameter.device)
                 for key, value in moments.items()
             }
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted ‖ logits) of softmaxes [..., vocabulary], in nats, the mean."""
+    logps, own = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    kl = functional.kl_div(logps, own, reduction="none", log_target=True).sum(-1)
+    return kl.mean()
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of logits [..., vocabulary] and the tokens that came [...], in nats, the mean."""
+    return functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten())
 
 
 def _make_activations_again(network: Any) -> None:

@@ -54,3 +54,10 @@ def test_inputs_never_seen_leave_weights_as_they_are():
     found = repair(weight, mask, moment)
     torch.testing.assert_close(found[:, 3], weight[:, 3])
     torch.testing.assert_close(repair(weight, mask, torch.zeros(12, 12)), weight * mask)
+
+
+def test_many_at_once_are_each_by_itself():
+    several = [made(seed) for seed in range(4)]
+    together = repair(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+    for found, one in zip(together, several, strict=True):
+        torch.testing.assert_close(found, repair(*one), rtol=1e-3, atol=1e-4)

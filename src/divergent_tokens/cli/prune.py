@@ -153,6 +153,16 @@ def prune(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Make activations again in training.")
     ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Train compiled layers; if left out, where it pays: on one GPU, for long work.",
+        ),
+    ] = None,
+    n_saliency: Annotated[
+        int, typer.Option(min=1, help="Training sequences that saliencies are seen on.")
+    ] = 64,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="PATTERN", help="Only these (globs, or re:...)."),
@@ -221,6 +231,7 @@ def prune(
         criterion=criterion.value,
         allocate=(allocate or by_default).value,
         pattern=n_of_m,
+        n_saliency=n_saliency,
         granularity=granularity.value,
         repair=repair,
         training=Training(
@@ -281,6 +292,7 @@ def prune(
             text=given_text,
             devices=training_devices(model.network) if device == "auto" else (),
             batch_size=batch_size,
+            compiled=compiled,
             overwrite=overwrite,
             cache=cache,
             progress=progress,

@@ -17,22 +17,22 @@ STEPS = 40
 def repair(weight: Tensor, mask: Tensor, moment: Tensor, *, steps: int = STEPS) -> Tensor:
     """The pruned matrix [out, in], zero outside the mask, for Σ x xᵀ [in, in]; float32.
 
-    A row whose system is solved before `steps` stays as it is. Inputs that were never seen leave
-    their weights untouched.
+    Or many of one shape, [matrix, out, in], at once. A row whose system is solved before `steps`
+    stays as it is. Inputs that were never seen leave their weights untouched.
     """
     damped = _damped(moment)
-    change = -weight.float() * ~mask  # [out, in]
+    change = -weight.float() * ~mask
     residual = -(change @ damped) * mask
-    scale = damped.diagonal().reciprocal()
+    scale = _diagonal(damped).reciprocal()[..., None, :]
     move = residual * scale
-    slope = (residual * move).sum(1, keepdim=True)
+    slope = (residual * move).sum(-1, keepdim=True)
     for _ in range(steps):
         along = (move @ damped) * mask
-        step = _ratio(slope, (move * along).sum(1, keepdim=True))
+        step = _ratio(slope, (move * along).sum(-1, keepdim=True))
         change += move * step
         residual -= along * step
         scaled = residual * scale
-        following = (residual * scaled).sum(1, keepdim=True)
+        following = (residual * scaled).sum(-1, keepdim=True)
         move = scaled + move * _ratio(following, slope)
         slope = following
     return (weight.float() + change) * mask
@@ -40,10 +40,14 @@ def repair(weight: Tensor, mask: Tensor, moment: Tensor, *, steps: int = STEPS) 
 
 def _damped(moment: Tensor) -> Tensor:
     damped = moment.float().clone()
-    diagonal = damped.diagonal()
-    diagonal += DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
+    diagonal = _diagonal(damped)
+    diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     diagonal[diagonal < torch.finfo(torch.float32).eps] = 1.0
     return damped
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

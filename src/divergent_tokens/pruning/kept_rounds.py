@@ -91,14 +91,14 @@ class KeptRounds:
         assert run.cut is not None
         network = run.model.network
         tensors = {
-            f"weight.{name}": parameter.detach().cpu().contiguous().clone()
+            f"weight.{name}": parameter.detach().cpu().contiguous()
             for name, parameter in network.named_parameters()
         }
         for component, mask in zip(run.components, run.cut.masks, strict=True):
             tensors[f"mask.{component.name}"] = mask.to("cpu", torch.uint8).contiguous()
         if run.recovery is not None:
             for name, tensor in run.recovery.state().items():
-                tensors[f"optimizer.{name}"] = tensor.contiguous().clone()
+                tensors[f"optimizer.{name}"] = tensor.contiguous()
         file = f"round-{len(records)}.safetensors"
         with clear_disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)

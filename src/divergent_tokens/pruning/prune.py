@@ -46,6 +46,7 @@ def prune(
     text: str | None = None,
     devices: Sequence[torch.device | str] = (),
     batch_size: int | None = None,
+    compiled: bool | None = None,
     overwrite: bool = False,
     cache: Path | None = None,
     progress: Progress = silent,
@@ -58,7 +59,8 @@ def prune(
     the plan, whose weights are trained as they are without it; a plan.json for what was written
     lies beside it. The base's network is not changed. Rounds are kept beside `out` until it is
     there, so that a pruning that was stopped goes on. `devices` train together (see `Recovery`);
-    everything else is done on the first, the base's own.
+    everything else is done on the first, the base's own. Training
+    runs compiled where that pays, or `compiled` asks for it.
 
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
     overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
@@ -86,7 +88,7 @@ def prune(
     kept.check()
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
-    run = Run(model, base, components, sequences, settings, devices, progress)
+    run = Run(model, base, components, sequences, settings, devices, progress, compiled)
     ground = Ground.of(base, served, prompts, settings, text, batch_size, cache, progress)
     run.ground = ground
     records = kept.load(run)
@@ -121,6 +123,7 @@ def prune(
             "new_tokens": settings.new_tokens,
         },
         "trained_on": [str(device) for device in devices or (base.device,)],
+        "compiled": run.recovery is not None and run.recovery.compiles,
         "base_ppl": ground.base_ppl,
         "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,

@@ -1,6 +1,7 @@
 """A pruning under way: look what matters, cut, train what is left, measure."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from divergent_tokens.allocation import MEASURED, Cut, cut, spared
-from divergent_tokens.compress.calibration import Calibration, second_moments
+from divergent_tokens.compress.calibration import Calibration, in_blocks, second_moments
 from divergent_tokens.compress.components import Component, component_view, weight_of
 from divergent_tokens.compress.prune import rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
@@ -27,6 +29,9 @@ from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import NotFiniteError, Recovery, hold, schedule
 from divergent_tokens.saliencies import find_saliencies
 
+TOGETHER_BYTES = 256 * 2**20
+"""Of one of the arrays that a repair works on; more are repaired one after the other."""
+
 
 class Run:
     """A pruning under way: the network as it has become, its masks, its training."""
@@ -40,6 +45,7 @@ class Run:
         settings: Settings,
         devices: Sequence[torch.device | str],
         progress: Progress,
+        compiled: bool | None = None,
     ) -> None:
         """Nothing is cut yet; the model's network is what changes, the base's never."""
         self.model, self.base, self.components = model, base, components
@@ -66,6 +72,7 @@ class Run:
                 total_steps=settings.rounds * settings.training.steps,
                 seed=settings.seed,
                 devices=devices,
+                compiles=compiled,
             )
 
     @property
@@ -181,15 +188,18 @@ class Run:
 
     @torch.no_grad()
     def _repair(self, number: int) -> None:
+        """Matrices of one shape together: a GPU is quicker with few large products."""
         assert self.cut is not None
-        network = self.model.network
-        moments = second_moments(network, self.components, self._calibration(number))
-        self._write(
-            [
-                repair(weight_of(network, component), mask, moment)
-                for mask, (component, moment) in zip(self.cut.masks, moments, strict=True)
-            ]
-        )
+        network, calibration = self.model.network, self._calibration(number)
+        masks = dict(zip(self.components, self.cut.masks, strict=True))
+        found: dict[Component, Tensor] = {}
+        for block in in_blocks(self.components, lambda c: 4 * c.shape[1] ** 2):
+            moments = dict(second_moments(network, block, calibration))
+            for alike in _alike(network, block):
+                weights = torch.stack([weight_of(network, c) for c in alike])
+                own = (torch.stack([of[c] for c in alike]) for of in (masks, moments))
+                found.update(zip(alike, repair(weights, *own), strict=True))
+        self._write([found[component] for component in self.components])
 
     def _write(self, weights: Sequence[Tensor]) -> None:
         """All at the end: how many moments have room at once must not decide what they see."""
@@ -239,6 +249,16 @@ class Run:
         )
         dense, *under = [one.metrics.to_json() for one in found.candidates]
         return {"metrics": under[0], "metrics_without_plan": dense} if under else {"metrics": dense}
+
+
+def _alike(network: PreTrainedModel, block: Sequence[Component]) -> Iterator[list[Component]]:
+    """Components of one shape on one device, as many as are to be repaired at once."""
+    groups: dict[Any, list[Component]] = defaultdict(list)
+    for component in block:
+        groups[component.shape, weight_of(network, component).device].append(component)
+    for (shape, _), group in groups.items():
+        n = max(1, TOGETHER_BYTES // (4 * max(shape) * shape[1]))
+        yield from (group[i : i + n] for i in range(0, len(group), n))
 
 
 def _in_words(sparsity: float, metrics: dict[str, float | None]) -> str:
