@@ -9,7 +9,8 @@ from drawing import Chart, Point, Series
 
 from divergent_tokens.report.numbers import number, percent
 
-RECOVERY = "pruning-recovery"
+RECOVERY = ("pruning-recovery", "pruning-recovery-magnitude")
+"""Measured on texts that were cut a little differently: runs are held together within a file."""
 WANTED_SPARSITY, QUARTER = 0.75, 0.25
 
 
@@ -17,6 +18,7 @@ WANTED_SPARSITY, QUARTER = 0.75, 0.25
 class Run:
     """One pruning of a recovery file."""
 
+    file: str
     way: str
     seed: str
     found: Mapping[str, Any]
@@ -27,13 +29,13 @@ class Run:
 
 
 def recovered(results: Results) -> list[Run]:
-    """Its prunings to 75 %; empty where it was not measured."""
-    file = results(RECOVERY)
+    """All prunings to 75 %; empty where none was measured."""
     runs = []
-    for name, found in (file or {"found": {}})["found"].items():
-        way, sparsity, seed = name.split(", ")
-        if float(sparsity) == WANTED_SPARSITY:
-            runs.append(Run(way, seed, found))
+    for file in RECOVERY:
+        for name, found in (results(file) or {"found": {}})["found"].items():
+            way, sparsity, seed = name.split(", ")
+            if float(sparsity) == WANTED_SPARSITY:
+                runs.append(Run(file, way, seed, found))
     return runs
 
 
@@ -97,33 +99,39 @@ def attention(results: Results) -> Claim:
         verdict=verdict,
         found=tuple(found),
         limits=_pruning_limits(results),
-        results=("pruning-one-shot", *((RECOVERY,) if runs else ())),
+        results=("pruning-one-shot", *dict.fromkeys(run.file for run in runs)),
         figures=(("attention", chart),) if runs else (),
     )
 
 
 def guided(results: Results) -> Claim:
     runs = recovered(results)
-    uniform = {(run.way, run.seed): run.found["after"] for run in runs if not run.is_guided}
     rows, wins = [], []
     for run in (run for run in runs if run.is_guided):
-        rival = _rival(run, [way for way, seed in uniform if seed == run.seed])
+        rival = _rival(run, runs)
         if rival is None:
             continue
-        ours, theirs = run.found["after"], uniform[rival, run.seed]
+        ours, theirs = run.found["after"], rival.found["after"]
         won = [ours[metric] < theirs[metric] for metric in ("ppl", "sdt")]
         wins.append(won)
         cells = [f"{number(ours['ppl'])}, {number(theirs['ppl'])}"]
         cells += [f"{percent(ours['sdt'])}, {percent(theirs['sdt'])}"]
         cells += [f"{number(ours[m])}, {number(theirs[m])}" for m in ("kl", "fdt")]
-        rows.append([f"{run.way}, {rival}", run.seed, *cells])
+        rows.append([f"{run.way}, {rival.way}", run.seed, *cells])
     verdict = UNKNOWN
     if wins:
         n_better = [sum(won[i] for won in wins) for i in (0, 1)]
         verdict = IN_PART if max(n_better) > len(wins) / 2 else NOT
         verdict = HOLDS if n_better == [len(wins)] * 2 else verdict
     once = needed(results, "pruning-one-shot")["found"]
-    shown = ("magnitude/uniform", "magnitude/kl", "wanda/uniform", "wanda/kl", "fisher/global")
+    shown = (
+        "magnitude/uniform",
+        "magnitude/kl",
+        "wanda/uniform",
+        "wanda/kl",
+        "fisher/global",
+        "fisher/global/repair",
+    )
     series = []
     for way in shown:
         points = sorted(
@@ -139,7 +147,7 @@ def guided(results: Results) -> Claim:
         "In one shot at 50 %, without training: magnitude has a perplexity of "
         f"{number(half[shown[0]])} uniform and {number(half[shown[1]])} guided by KL, Wanda "
         f"{number(half[shown[2]])} and {number(half[shown[3]])}, Fisher with one threshold "
-        f"{number(half[shown[4]])}."
+        f"{number(half[shown[4]])} and with repair {number(half[shown[5]])}."
     )
     return Claim(
         title="Guided beats uniform at 75 %",
@@ -155,7 +163,7 @@ def guided(results: Results) -> Claim:
         verdict=verdict,
         found=tuple(found),
         limits=_pruning_limits(results),
-        results=("pruning-one-shot", *((RECOVERY,) if wins else ())),
+        results=("pruning-one-shot", *(dict.fromkeys(run.file for run in runs) if wins else ())),
         figures=(
             (
                 "pruning",
@@ -171,15 +179,16 @@ def guided(results: Results) -> Claim:
     )
 
 
-def _rival(run: Run, uniform: Sequence[str]) -> str | None:
-    """The uniform way to hold a guided one against: as alike as there is."""
+def _rival(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The uniform run to hold a guided one against: of its file and seed, as alike as there is."""
     criterion, _, *more = run.way.split("/")
 
-    def likeness(way: str) -> tuple[bool, bool, bool]:
-        parts = way.split("/")
+    def likeness(other: Run) -> tuple[bool, bool, bool]:
+        parts = other.way.split("/")
         return parts[1] == "uniform", parts[2:] == more, parts[0] == criterion
 
-    return max(uniform, key=likeness, default=None)
+    alike = (r for r in runs if not r.is_guided and (r.file, r.seed) == (run.file, run.seed))
+    return max(alike, key=likeness, default=None)
 
 
 def _pruning_limits(results: Results) -> str:

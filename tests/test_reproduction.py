@@ -162,11 +162,15 @@ def recovery(**runs):
     return {"command": "python benchmarks/pruning.py", "device": "a GPU", "found": found}
 
 
+def recovered(results, file):
+    return changed(results, **{"pruning-recovery": file, "pruning-recovery-magnitude": None})
+
+
 UNIFORM = (60.0, 0.3, 0.75, 0.75, 0.0)
 
 
 def test_pruning_waits_for_its_file_and_takes_it(script, results):
-    nothing = changed(results, **{"pruning-recovery": None})
+    nothing = recovered(results, None)
     assert verdict(script, "guided", nothing) == verdict(script, "attention", nothing)
     assert verdict(script, "guided", nothing) == "not measured yet"
     seeds = (0, 1, 2)
@@ -175,7 +179,7 @@ def test_pruning_waits_for_its_file_and_takes_it(script, results):
         **{f"fisher/global, 0.75, seed {s}": (50.0, 0.2, 0.85, 0.7, 0.3) for s in seeds},
         **{"fisher/global, 0.5, seed 0": (99.0, 0.9, 0.1, 0.9, 0.0)},  # another sparsity
     )
-    planted = changed(results, **{"pruning-recovery": file})
+    planted = recovered(results, file)
     assert verdict(script, "guided", planted) == verdict(script, "attention", planted) == "holds"
     page = script.made(planted)["reproduction.md"]
     assert "fisher/global, magnitude/uniform | seed 2 | 50.0, 60.0 | 20.0%, 30.0% |" in page
@@ -206,7 +210,7 @@ def test_a_guided_run_is_held_against_the_uniform_one_most_like_it(script, resul
             "fisher/kl/repair, 0.75, seed 0": (52.0, 0.2, 0.8, 0.7, 0.3),
         }
     )
-    page = script.made(changed(results, **{"pruning-recovery": file}))["reproduction.md"]
+    page = script.made(recovered(results, file))["reproduction.md"]
     pairs = re.findall(r"^\| (fisher/\S+), (\S+) \| seed 0 \| (\S+), (\S+) \|", page, re.MULTILINE)
     assert pairs == [
         ("fisher/global", "fisher/uniform", "50.0", "60.0"),
