@@ -13,6 +13,7 @@ import tiny
 from divergent_tokens import recover
 from divergent_tokens.allocation import Cut, cut
 from divergent_tokens.candidates import plan_candidates
+from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import find_components, weight_of
 from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.compress.prune import n_of_m_mask, parse_pattern, rows_mask, share_mask
@@ -342,6 +343,7 @@ def test_the_schedule_takes_large_steps_first_and_ends_at_the_target():
 
 
 TINY = {"n_saliency": 8, "new_tokens": 6}
+ROWS = np.random.default_rng(1).integers(4, 200, (12, 16))
 
 
 def run(base, folder, name="out", *, rounds=2, steps=3, plan=None, **options):
@@ -356,12 +358,11 @@ def run(base, folder, name="out", *, rounds=2, steps=3, plan=None, **options):
         ),
         **{**TINY, **options},
     )
-    rows = np.random.default_rng(1).integers(4, 200, (12, 16))
     text = " ".join(tiny.SENTENCES * 20)
     return prune(
         base,
         of(base),
-        Sequences(rows, "random"),
+        Sequences(ROWS, "random"),
         runs.prompts(4),
         folder / name,
         settings,
@@ -625,10 +626,25 @@ def test_repair_brings_the_model_closer(base, tmp_path, criterion, allocate):
     assert repaired["metrics"]["kl"]["value"] < without["metrics"]["kl"]["value"]
 
 
-def test_experts_are_not_repaired(tmp_path):
-    options = {"criterion": "magnitude", "allocate": "uniform", "repair": True}
-    with pytest.raises(SchemeError, match="is not repaired"):
-        run(runs.model("qwen3-moe"), tmp_path, **options)
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3-moe", "gpt-oss"])
+def test_repair_moves_outputs_less_in_every_storage(architecture, tmp_path):
+    base = runs.model(architecture)
+    options = {"rounds": 1, "steps": 0, "criterion": "magnitude", "allocate": "uniform"}
+    options["n_saliency"] = len(ROWS)
+    run(base, tmp_path, "without", **options)
+    run(base, tmp_path, "repaired", repair=True, **options)
+    without, repaired = (load_model(tmp_path / n, device="cpu") for n in ("without", "repaired"))
+    texts = Calibration(tuple(map(tuple, ROWS.tolist())), "the same texts")
+    moved = 0
+    for component, moment in second_moments(base.network, of(base), texts):
+        own = weight_of(base.network, component)
+        plain, better = (weight_of(m.network, component) for m in (without, repaired))
+        assert torch.equal(plain == 0, better == 0)
+        errors = [float((((w - own) @ moment) * (w - own)).sum()) for w in (plain, better)]
+        # Of an expert that no token is sent to nothing is known, and nothing is moved.
+        assert errors[1] < errors[0] if moment.any() else torch.equal(plain, better)
+        moved += bool(moment.any())
+    assert moved
 
 
 def plan_for(base, scheme="int4:g16"):

@@ -1,7 +1,6 @@
 """Gradients of every weight, sequence by sequence, as they pass by in one backward pass."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from divergent_tokens.backward import outer
 from divergent_tokens.compress.components import Component
-from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts
+from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
 from divergent_tokens.errors import SchemeError
 from divergent_tokens.labels import draw_labels
 from divergent_tokens.measure.head import Head, find_head
@@ -148,15 +147,6 @@ def _watching(
                 stack.callback(module.register_forward_hook(hook).remove)
         stack.enter_context(open_experts(network, components, at_experts))
         yield lambda: leaves[0]
-
-
-def stack_members(components: Sequence[Component]) -> Mapping[tuple[str, str], dict[int, int]]:
-    """Stack and part (gate_proj, ...) -> expert -> component; empty for what was not chosen."""
-    found: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-    for i, component in enumerate(components):
-        if component.stack_index is not None:
-            found[component.part_of_stack][component.stack_index] = i
-    return found
 
 
 def _by_expert(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component, weight_of
-from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts
+from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
 from divergent_tokens.compress.units import Unit, whole
 from divergent_tokens.errors import ModelError, SchemeError
-from divergent_tokens.gradients import BATCH, sequence_gradients, stack_members
+from divergent_tokens.gradients import BATCH, sequence_gradients
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.sequences import Sequences
@@ -57,13 +57,13 @@ def check_components(
     components: Sequence[Component],
     criterion: str,
     *,
-    with_harm: bool = False,
+    sees_inputs: bool = False,
 ) -> None:
     """Raise SchemeError for what is not pruned, ModelError for experts that cannot be seen."""
     ends = [c.name for c in components if c.is_end]
     if ends:
         raise SchemeError(f"{ends[0]} is not pruned: only matrices of the layers are; exclude it")
-    if criterion != "magnitude" or with_harm:
+    if criterion != "magnitude" or sees_inputs:
         with open_experts(network, components, lambda inputs, times: times(inputs.x)):
             pass
 
@@ -89,7 +89,7 @@ def find_saliencies(
     unit go. `with_harm` costs backward passes for every criterion; with a `teacher`, from which the
     model has moved, the slope of KL(teacher ‖ model) is part of it.
     """
-    check_components(model.network, components, criterion, with_harm=with_harm)
+    check_components(model.network, components, criterion, sees_inputs=with_harm)
     units = whole(components) if units is None else tuple(units)
     if is_offloaded(model.network):
         raise ModelError(

@@ -1,6 +1,7 @@
 """GPTQ through llm-compressor: against its own modifier, and kept codes."""
 
 import importlib.util
+from collections import defaultdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from divergent_tokens.calibrated import read_calibration, ready_plan, ready_sche
 from divergent_tokens.candidates import lent_candidates
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import Component, find_components, weight_of
+from divergent_tokens.compress.expert_forward import open_experts
 from divergent_tokens.compress.gptq import round_by_gptq, round_to_nearest
 from divergent_tokens.compress.kept import Entry, Kept
 from divergent_tokens.compress.plan import uniform_plan
@@ -72,6 +74,32 @@ def test_moments_are_sums_over_all_tokens_and_shared_by_q_k_and_v(tokens, monkey
     assert not torch.equal(q, o)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
+def test_moments_of_single_experts(architecture, monkeypatch):
+    monkeypatch.setattr("divergent_tokens.compress.calibration.TOKENS", 50)
+    network = tiny.network(architecture)
+    components = find_components(network, include=["*experts*"])
+    seen = defaultdict(list)
+
+    def product(inputs, times):
+        for row, expert in zip(inputs.x, inputs.experts.tolist(), strict=True):
+            seen[inputs.stack, inputs.part, expert].append(row)
+        return times(inputs.x)
+
+    with torch.no_grad(), open_experts(network, components, product):
+        for row in ROWS.rows:
+            network(torch.tensor([row]))
+    found = dict(second_moments(network, components, ROWS))
+    assert any(rows for rows in seen.values())
+    for component, moment in found.items():
+        rows = seen[*component.part_of_stack, component.stack_index]
+        expected = sum((x[:, None] * x for x in rows), torch.zeros_like(moment))
+        torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-4)
+    only_up = [c for c in components if c.part_of_stack[1] == "up_proj"]
+    for component, moment in second_moments(network, only_up, ROWS):
+        assert torch.equal(moment, found[component])
+
+
 def test_moments_in_several_readings_are_the_same(monkeypatch):
     network = tiny.network("llama")
     components = find_components(network)
@@ -126,8 +154,8 @@ def test_codes_that_were_not_made_are_asked_for():
 
 def test_what_has_no_inputs_of_its_own_is_refused():
     scheme = parse_scheme("gptq:int4")
-    with pytest.raises(SchemeError, match="an expert of a fused stack"):
-        scheme.check(find_components(tiny.network("qwen3-moe")))
+    with pytest.raises(SchemeError, match="looked up or shared"):
+        scheme.check(find_components(tiny.network("llama"), include=["*"]))
     with pytest.raises(SchemeError, match="groups of 7"):
         parse_scheme("gptq:int4:g7").check(find_components(tiny.network("llama")))
 

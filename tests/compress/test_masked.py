@@ -137,6 +137,26 @@ def test_masks_of_matrices_that_are_stored_transposed(name, text, tmp_path):
     assert torch.equal(scheme.compress(weight, component), weight * mask)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
+def test_wanda_of_single_experts(architecture, text, tmp_path):
+    """Each by the tokens that are sent to it; one that none is sent to, by magnitude."""
+    model = runs.model(architecture)
+    components = find_components(model.network, include=["*experts*"])
+    moments = dict(second_moments(model.network, components, read_calibration(text, model)))
+    (scheme,) = ready_schemes(
+        model, components, [parse_scheme("wanda:0.5")], source=text, cache=tmp_path
+    )
+    differs = 0
+    for component in components:
+        weight = weight_of(model.network, component)
+        moment = moments[component]
+        norms = moment.diagonal().sqrt() if moment.any() else torch.ones(weight.shape[1])
+        expected = weight * rows_mask(weight.abs() * norms, 0.5)
+        assert torch.equal(scheme.compress(weight, component), expected)
+        differs += not torch.equal(expected, weight * rows_mask(weight.abs(), 0.5))
+    assert differs
+
+
 def test_masks_are_made_once_and_kept_as_bits(text, tmp_path, monkeypatch):
     first = made(text, "fisher:0.5", tmp_path)
     sizes = [np.load(path).nbytes for path in sorted(tmp_path.rglob("mask.npy"))]
@@ -199,9 +219,8 @@ def test_what_was_not_made_is_asked_for():
 
 def test_what_the_text_does_not_show_whole_is_refused():
     experts = find_components(tiny.network("qwen3-moe"))
-    for name in ("wanda:0.5", "fisher:0.5"):
-        with pytest.raises(SchemeError, match=r"expert.*exclude it, or take magnitude:0\.5"):
-            parse_scheme(name).check(experts)
+    with pytest.raises(SchemeError, match=r"expert.*exclude it, or take magnitude:0\.5"):
+        parse_scheme("fisher:0.5").check(experts)
     with pytest.raises(SchemeError, match="which 5 does not divide"):
         parse_scheme("wanda:2:5").check(find_components(tiny.network("llama")))
     head = find_components(tiny.network("llama"), include=["lm_head"])

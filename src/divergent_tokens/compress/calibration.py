@@ -1,7 +1,7 @@
 """What goes into components when the base reads text: second moments of their inputs."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
 from divergent_tokens.errors import ModelError
 
 ROOM_BYTES = 2 * 2**30
@@ -43,8 +44,8 @@ def second_moments(
 ) -> Iterator[tuple[Component, Tensor]]:
     """Each component with Σ x xᵀ [in, in] over all tokens that go into it, float32.
 
-    The components are modules of their own. Those that are given the very same inputs, q, k and v
-    say, share one moment. It is zero where nothing goes in: an expert that no token is sent to.
+    Those that are given the very same inputs, q, k and v say, share one moment. It is zero where
+    nothing goes in: an expert that no token is sent to.
 
     Raises ModelError, naming the component, for inputs that are not finite.
     """
@@ -84,31 +85,63 @@ def in_blocks(
 def _collected(
     network: PreTrainedModel, components: Sequence[Component], calibration: Calibration
 ) -> dict[str, Tensor]:
-    moments: dict[str, Tensor] = {}
-    same_as: dict[str, str] = {}
-    """Component -> the one before it that is given the same inputs."""
-    last: list[tuple[Any, str]] = []
-    """The last inputs, and whose they were."""
-
-    def add(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0]
-        if last and last[0][0] is x:
-            same_as[name] = last[0][1]
-            return
-        last[:] = [(x, name)]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        moments[name] = moments[name] + rows.T @ rows if name in moments else rows.T @ rows
-
+    sums = _Sums(components)
     with ExitStack() as stack:
         for component in components:
-            module = network.get_submodule(component.parameter.removesuffix(".weight"))
-            hook = module.register_forward_pre_hook(partial(add, component.name))
-            stack.callback(hook.remove)
+            if component.stack_index is None:
+                module = network.get_submodule(component.parameter.removesuffix(".weight"))
+                hook = module.register_forward_pre_hook(partial(sums.at_module, component.name))
+                stack.callback(hook.remove)
+        stack.enter_context(open_experts(network, components, sums.at_experts))
         for batch in _batches(calibration.rows):
             network.base_model(batch.to(network.device), use_cache=False)
-            last.clear()
-    owners = {c.name: same_as.get(c.name, c.name) for c in components}
-    return {name: moments[owner] for name, owner in owners.items() if owner in moments}
+            sums.forget()
+    return sums.by_name()
+
+
+class _Sums:
+    """Σ x xᵀ of what goes in, once for all that are given the very same inputs."""
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self._components = components
+        self._members = stack_members(components)
+        self._moments: dict[str, Tensor] = {}
+        self._same_as: dict[str, str] = {}
+        """Component -> the one before it that is given the same inputs."""
+        self._last: tuple[Any, dict[int | None, str]] = (None, {})
+        """The last inputs, and whose they were, by expert."""
+
+    def at_module(self, name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """What goes into a module of its own."""
+        self._add(inputs[0], {None: (name, inputs[0])})
+
+    def at_experts(self, inputs: ExpertInputs, times: Callable[[Tensor], Tensor]) -> Tensor:
+        """What goes into one part of all experts of a layer."""
+        rows = torch.split(inputs.x, inputs.counts.tolist())
+        members = self._members.get((inputs.stack, inputs.part), {})
+        self._add(inputs.x, {e: (self._components[i].name, rows[e]) for e, i in members.items()})
+        return times(inputs.x)
+
+    def _add(self, whole: Any, parts: Mapping[int | None, tuple[str, Tensor]]) -> None:
+        """The parts of one input, by expert, with the component that each goes into."""
+        before = self._last[1] if self._last[0] is whole else {}
+        for expert, (name, part) in parts.items():
+            if expert in before:
+                self._same_as[name] = before[expert]
+            elif part.numel():
+                rows = part.detach().reshape(-1, part.shape[-1]).float()
+                own = rows.T @ rows
+                self._moments[name] = self._moments[name] + own if name in self._moments else own
+        self._last = (whole, {**{expert: name for expert, (name, _) in parts.items()}, **before})
+
+    def forget(self) -> None:
+        """What went in last; another batch may lie in the same place."""
+        self._last = (None, {})
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Of every component that anything went into."""
+        owners = {c.name: self._same_as.get(c.name, c.name) for c in self._components}
+        return {n: self._moments[owner] for n, owner in owners.items() if owner in self._moments}
 
 
 def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:

@@ -5,7 +5,8 @@ each over all tokens of all experts, in the places and with the gating that tran
 the module (`use_experts_implementation`); nothing else of the network runs differently.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,15 @@ def open_experts(
     with ExitStack() as stack:
         keep_open(stack, network, components, product)
         yield
+
+
+def stack_members(components: Sequence[Component]) -> Mapping[tuple[str, str], dict[int, int]]:
+    """Stack and part (gate_proj, ...) -> expert -> component; empty for what was not chosen."""
+    found: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for i, component in enumerate(components):
+        if component.stack_index is not None:
+            found[component.part_of_stack][component.stack_index] = i
+    return found
 
 
 def keep_open(

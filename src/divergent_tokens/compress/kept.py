@@ -111,9 +111,8 @@ def read_made(step: Made, component: Component, what: str) -> Entry:
 def check_own_inputs(step: Made, components: Sequence[Component], instead: str) -> None:
     """Refuse what has no inputs of its own."""
     for component in components:
-        if component.is_end or component.stack_index is not None:
-            what = "looked up or shared" if component.is_end else "an expert of a fused stack"
+        if component.is_end:
             raise SchemeError(
-                f"{step}: {component.name} is {what}, and its inputs are not collected here; "
-                f"exclude it, or take {instead}"
+                f"{step}: {component.name} is looked up or shared, and its inputs are not "
+                f"collected here; exclude it, or take {instead}"
             )

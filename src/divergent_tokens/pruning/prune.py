@@ -72,15 +72,10 @@ def prune(
     if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
         raise RecordError(f"{out} is the base itself; write to another folder")
     by_kl = settings.allocate == "kl" and settings.pattern is None
-    check_components(base.network, components, settings.criterion, with_harm=by_kl)
+    sees = by_kl or settings.repair
+    check_components(base.network, components, settings.criterion, sees_inputs=sees)
     if settings.pattern is not None:
         check_pattern(*settings.pattern, components)
-    stacked = [c.name for c in components if c.stack_index is not None]
-    if stacked and (settings.repair or settings.criterion == "sparsegpt"):
-        raise SchemeError(
-            f"{stacked[0]}, an expert of a fused stack, is not repaired, since its inputs are not "
-            "collected; exclude it, or take --criterion wanda or fisher without --repair"
-        )
     _check_target(base, components, settings.sparsity)
     served = None if plan is None else _checked(plan, base)
     key = _key(base, components, sequences, prompts, settings, plan, text)
