@@ -25,7 +25,7 @@ from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.sequences import Sequences, read_sequences
 from divergent_tokens.models import load_model
-from divergent_tokens.pruning.prune import _check_target, prune
+from divergent_tokens.pruning.prune import prune
 from divergent_tokens.pruning.run import Run
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Recovery, Training, hold, schedule
@@ -555,7 +555,7 @@ def test_bad_settings_are_said(base, tmp_path):
         run(base, tmp_path, rounds=1, pattern=(2, 5))
     sparse = runs.changed(base, lambda n: [p.zero_() for p in n.parameters() if p.ndim == 2])
     with pytest.raises(SchemeError, match=r"100\.0% of the weights of m are zero already"):
-        _check_target(sparse, of(sparse), 0.5)
+        run(sparse, tmp_path)
 
 
 def test_a_text_too_short_to_train_on(base, tmp_path):

@@ -59,8 +59,8 @@ def prune(
     the plan, whose weights are trained as they are without it; a plan.json for what was written
     lies beside it. The base's network is not changed. Rounds are kept beside `out` until it is
     there, so that a pruning that was stopped goes on. `devices` train together (see `Recovery`);
-    everything else is done on the first, the base's own. Training
-    runs compiled where that pays, or `compiled` asks for it.
+    everything else is done on the first, the base's own. Training runs compiled where that pays, or
+    `compiled` asks for it.
 
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
     overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
@@ -71,12 +71,7 @@ def prune(
     check_folder(out, overwrite=overwrite)
     if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
         raise RecordError(f"{out} is the base itself; write to another folder")
-    by_kl = settings.allocate == "kl" and settings.pattern is None
-    sees = by_kl or settings.repair
-    check_components(base.network, components, settings.criterion, sees_inputs=sees)
-    if settings.pattern is not None:
-        check_pattern(*settings.pattern, components)
-    _check_target(base, components, settings.sparsity)
+    _check_components(base, components, settings)
     served = None if plan is None else _checked(plan, base)
     key = _key(base, components, sequences, prompts, settings, plan, text)
     kept = KeptRounds(out.with_name(f"{out.name}.rounds"), key)
@@ -96,6 +91,25 @@ def prune(
         "schema": SCHEMA,
         "versions": versions(),
         "command": list(command),
+        **_asked(base, sequences, prompts, settings),
+        "trained_on": [str(device) for device in devices or (base.device,)],
+        "compiled": run.recovery is not None and run.recovery.compiles,
+        "base_ppl": ground.base_ppl,
+        "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
+        "rounds": records,
+        "components": run.components_json(),
+        **run.final_metrics(prompts, text, batch_size, cache),
+    }
+    _write(out, model, record, plan)
+    kept.clear()
+    return record
+
+
+def _asked(
+    base: Model, sequences: Sequences, prompts: PromptSet, settings: Settings
+) -> dict[str, Any]:
+    """What was pruned, how, and on what."""
+    return {
         "settings": settings.to_json(),
         "base": {
             "reference": base.reference,
@@ -117,17 +131,7 @@ def prune(
             "prefix": prompts.prefix,
             "new_tokens": settings.new_tokens,
         },
-        "trained_on": [str(device) for device in devices or (base.device,)],
-        "compiled": run.recovery is not None and run.recovery.compiles,
-        "base_ppl": ground.base_ppl,
-        "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
-        "rounds": records,
-        "components": run.components_json(),
-        **run.final_metrics(prompts, text, batch_size, cache),
     }
-    _write(out, model, record, plan)
-    kept.clear()
-    return record
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
@@ -170,13 +174,18 @@ def _key(
     }
 
 
-def _check_target(base: Model, components: Sequence[Component], sparsity: float) -> None:
+def _check_components(base: Model, components: Sequence[Component], settings: Settings) -> None:
+    """SchemeError for what the settings do not fit; what no round could do is said before one."""
+    sees = settings.repair or (settings.allocate == "kl" and settings.pattern is None)
+    check_components(base.network, components, settings.criterion, sees_inputs=sees)
+    if settings.pattern is not None:
+        check_pattern(*settings.pattern, components)
     zeros = sum(int((weight_of(base.network, c) == 0).sum()) for c in components)
     share = zeros / sum(c.n_parameters for c in components)
-    if share >= sparsity:
+    if share >= settings.sparsity:
         raise SchemeError(
             f"{share:.1%} of the weights of {base.reference} are zero already; expected a "
-            f"--sparsity above that, and {sparsity} was asked for"
+            f"--sparsity above that, and {settings.sparsity} was asked for"
         )
 
 
