@@ -81,7 +81,6 @@ def main() -> None:
                 key: getattr(arguments, key)
                 for key in ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
             },
-            "compiled": records[0]["compiled"],
             "n_prompts": len(prompts),
             "n_sequences": len(sequences_of[seed].ids),
             "length": arguments.length,
@@ -126,6 +125,7 @@ def kept(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "after": last["after"],
         "sparsity": last["sparsity"],
+        "compiled": last["compiled"],
         "metrics": metrics,
         "rounds": [
             {key: one[key] for key in ("sparsity", "loss", "before", "after")}

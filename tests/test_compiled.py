@@ -202,14 +202,16 @@ def test_it_can_be_asked_for_where_nothing_can_be_compiled(tmp_path, monkeypatch
     np.testing.assert_array_equal(asked, plain)
 
 
-@pytest.mark.parametrize("loss", ["distill", "both"])
-def test_compiled_steps_are_the_steps(loss):
+@pytest.mark.parametrize(
+    ("loss", "checkpointing"), [("distill", False), ("both", False), ("ce", False), ("both", True)]
+)
+def test_compiled_steps_are_the_steps(loss, checkpointing):
     base = runs.changed(runs.model(), lambda n: n)
     sequences = Sequences(np.random.default_rng(1).integers(4, 200, (12, 16)), "random")
     found = []
     for compiles in (False, True):
         network = runs.changed(base, lambda n: n).network
-        training = Training(batch_size=4, micro_batch=2, loss=loss)
+        training = Training(batch_size=4, micro_batch=2, loss=loss, checkpointing=checkpointing)
         recovery = Recovery(
             network, base.network, sequences, training, total_steps=9, seed=0, compiles=compiles
         )

@@ -8,6 +8,7 @@ import torch
 import offloaded
 import runs
 import tiny
+from divergent_tokens.calibrated import ready_schemes
 from divergent_tokens.candidates import scheme_candidates
 from divergent_tokens.compiled import compiler_works
 from divergent_tokens.compress.apply import apply_plan, lent_plan
@@ -339,3 +340,13 @@ def text(folder):
     path = Path(folder) / "prompts.txt"
     path.write_text("\n".join(tiny.SENTENCES), encoding="utf-8")
     return path
+
+
+def test_experts_that_wait_are_not_calibrated(tmp_path):
+    _, waiting = offloaded.both(tmp_path / "m", "qwen3-moe")
+    experts = find_components(waiting.network, include=["*experts*"])
+    with pytest.raises(ModelError, match=r"is an expert of a fused stack, and layers of .* wait"):
+        ready_schemes(waiting, experts, [parse_scheme("wanda:0.5")], cache=tmp_path)
+    others = find_components(waiting.network, include=["*self_attn*"])
+    (scheme,) = ready_schemes(waiting, others, [parse_scheme("wanda:0.5")], cache=tmp_path)
+    assert scheme.is_ready

@@ -18,6 +18,8 @@ from divergent_tokens.search.knapsack import least_harm
 Allocate = Literal["uniform", "uniform-spared", "global", "kl", "fdt", "fdt-threshold"]
 ALLOCATIONS: tuple[Allocate, ...] = get_args(Allocate)
 _TIE = 1e-9
+_HALF = 16
+"""Bits of half a key."""
 MEASURED: tuple[Allocate, ...] = ("fdt", "fdt-threshold")
 """Those that need forward passes for every component and level."""
 
@@ -89,21 +91,35 @@ def _by_one_threshold(values: Sequence[Tensor], sparsity: float) -> Cut:
     """The least of all together; found on integers of the same order, without a sort of all."""
     n_gone = round(sparsity * sum(value.numel() for value in values))
     ordered = [_ordered(value) for value in values]
-    low, high = -(2**31), 2**31 - 1
-    while low < high:  # the smallest threshold that lets so many go
-        middle = (low + high) // 2
-        if sum(int((keys <= middle).sum()) for keys in ordered) >= n_gone:
-            high = middle
-        else:
-            low = middle + 1
-    below = [int((keys < low).sum()) for keys in ordered]
+    threshold = _threshold(ordered, n_gone)
+    below = [int(torch.count_nonzero(keys < threshold)) for keys in ordered]
     ties = n_gone - sum(below)
     masks = []
     for keys, n_below in zip(ordered, below, strict=True):
-        own = min(ties, int((keys == low).sum()))
+        own = min(ties, int(torch.count_nonzero(keys == threshold)))
         masks.append(lowest_mask(keys, n_below + own))
         ties -= own
     return Cut(tuple(masks))
+
+
+def _threshold(ordered: Sequence[Tensor], n: int) -> int:
+    """The smallest int32 that `n` of all keys are no larger than: by upper halves, then by lower.
+
+    Each half is counted in one pass.
+    """
+    upper, n_below = _bin([(keys >> _HALF) + (1 << _HALF - 1) for keys in ordered], n)
+    upper -= 1 << _HALF - 1
+    lower = [keys[keys >> _HALF == upper] & (1 << _HALF) - 1 for keys in ordered]
+    return (upper << _HALF) + _bin(lower, n - n_below)[0]
+
+
+def _bin(places: Sequence[Tensor], n: int) -> tuple[int, int]:
+    """The first of 2^16 places up to which there are `n`, and how many are before it."""
+    counts = sum(torch.bincount(p.flatten(), minlength=1 << _HALF).cpu() for p in places)
+    assert isinstance(counts, Tensor)
+    up_to = counts.cumsum(0)
+    found = min(int(torch.searchsorted(up_to, n)), len(up_to) - 1)
+    return found, int(up_to[found - 1]) if found else 0
 
 
 def _ordered(value: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.kept import Kept, Made, Seen
 from divergent_tokens.compress.plan import Plan, check_sources
 from divergent_tokens.compress.schemes import Scheme
-from divergent_tokens.errors import PromptError
+from divergent_tokens.errors import ModelError, PromptError
 from divergent_tokens.measure.documents import read_documents
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model
-from divergent_tokens.offload import at_hand
+from divergent_tokens.offload import at_hand, is_offloaded
 from divergent_tokens.saliencies import find_saliencies
 from divergent_tokens.store import default_cache
 
@@ -133,6 +133,7 @@ def _make(
     for steps in (*wanted["moments"].values(), *wanted["fisher"].values()):
         for step in steps.values():
             step.check_installed()
+    _check_at_hand(base, tuple(wanted["moments"]))
     looks = {
         "moments": second_moments(base.network, tuple(wanted["moments"]), calibration),
         "fisher": _saliencies(base, tuple(wanted["fisher"]), calibration, progress),
@@ -145,6 +146,17 @@ def _make(
                 for text, step in by_component[component].items():
                     kept.write(text, component, step.make(weight, seen))
             progress("calibrate", done + 1, len(by_component), "components")
+
+
+def _check_at_hand(base: Model, components: Sequence[Component]) -> None:
+    """Raise ModelError for fused experts of layers that wait elsewhere: nothing opens those."""
+    stacked = [c.name for c in components if c.stack_index is not None]
+    if stacked and is_offloaded(base.network):
+        raise ModelError(
+            f"{stacked[0]} is an expert of a fused stack, and layers of {base.reference} wait "
+            f"outside {base.device}, where its inputs are not collected; exclude it, or load the "
+            "model whole: another --device, or a smaller model"
+        )
 
 
 def _saliencies(

@@ -158,7 +158,11 @@ class Recovery:
                 self._replicas.train(False)
 
     def _operations(self, has_teacher: bool) -> float:
-        """Of all steps: forward once and back twice, and the teacher's forward."""
+        """Of all steps: forward once and back twice, and the teacher's forward.
+
+        Products are in bfloat16, so that they take less than others of float32 weights; but of
+        what a step of a small network takes they are the least.
+        """
         n_tokens = self._total * self._training.batch_size * self._sequences.shape[1]
         return (3 + has_teacher) * n_tokens * operations_a_token(self._network)
 

@@ -82,7 +82,7 @@ class Replicas:
         if len(pairs) == 1:
             run(0, self._own)
             return losses
-        # A loss is waited for before its backward pass: without threads the others would wait too.
+        # A loss is waited for after its backward pass: without threads the others would wait too.
         with ThreadPoolExecutor(len(pairs)) as pool:
             done = [pool.submit(run, i, pair) for i, pair in enumerate(pairs)]
             wait(done)

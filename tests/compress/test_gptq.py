@@ -74,8 +74,9 @@ def test_moments_are_sums_over_all_tokens_and_shared_by_q_k_and_v(tokens, monkey
     assert not torch.equal(q, o)
 
 
+@pytest.mark.parametrize("texts", [ROWS, Calibration(((7,),), "one token")])
 @pytest.mark.parametrize("architecture", ["qwen3-moe", "gpt-oss"])
-def test_moments_of_single_experts(architecture, monkeypatch):
+def test_moments_of_single_experts(architecture, texts, monkeypatch):
     monkeypatch.setattr("divergent_tokens.compress.calibration.TOKENS", 50)
     network = tiny.network(architecture)
     components = find_components(network, include=["*experts*"])
@@ -87,17 +88,27 @@ def test_moments_of_single_experts(architecture, monkeypatch):
         return times(inputs.x)
 
     with torch.no_grad(), open_experts(network, components, product):
-        for row in ROWS.rows:
+        for row in texts.rows:
             network(torch.tensor([row]))
-    found = dict(second_moments(network, components, ROWS))
+    found = dict(second_moments(network, components, texts))
+    unseen = [c for c, moment in found.items() if not moment.any()]
+    assert bool(unseen) == (texts is not ROWS)
     assert any(rows for rows in seen.values())
     for component, moment in found.items():
         rows = seen[*component.part_of_stack, component.stack_index]
         expected = sum((x[:, None] * x for x in rows), torch.zeros_like(moment))
         torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-4)
     only_up = [c for c in components if c.part_of_stack[1] == "up_proj"]
-    for component, moment in second_moments(network, only_up, ROWS):
+    for component, moment in second_moments(network, only_up, texts):
         assert torch.equal(moment, found[component])
+
+
+def test_experts_that_cannot_be_opened_are_named_before_anything_is_read(monkeypatch):
+    network = tiny.network("qwen3-moe")
+    network.model.layers[1].mlp.experts.has_gate = None
+    monkeypatch.setattr(network.model, "forward", None)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts .* does not say how"):
+        next(iter(second_moments(network, find_components(network), ROWS)))
 
 
 def test_moments_in_several_readings_are_the_same(monkeypatch):

@@ -52,6 +52,11 @@ def test_what_is_refused_and_why(architecture, scheme, target, said):
     assert first.instead
 
 
+@pytest.mark.parametrize("scheme", ["int8", "gptq:int8", "gptq:int4:g32"])
+def test_packed_integers_of_experts_are_loaded(scheme):
+    assert found("qwen3-moe", scheme, TRANSFORMERS) == ()
+
+
 def test_shared_experts_mostly_get_tokens_without_prompts():
     shared = ["*.shared_expert.up_proj"]
     first = found("qwen3-next", "w8a8", TRANSFORMERS, include=shared)[0]

@@ -161,7 +161,7 @@ def prune(
         ),
     ] = None,
     n_saliency: Annotated[
-        int, typer.Option(min=1, help="Training sequences that saliencies are seen on.")
+        int, typer.Option(min=1, help="Training sequences that saliencies and repairs are seen on.")
     ] = 64,
     include: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from divergent_tokens.compress.components import Component
+from divergent_tokens.compress.components import Component, weight_of
 from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
 from divergent_tokens.errors import ModelError
 
@@ -47,21 +47,31 @@ def second_moments(
     Those that are given the very same inputs, q, k and v say, share one moment. It is zero where
     nothing goes in: an expert that no token is sent to.
 
-    Raises ModelError, naming the component, for inputs that are not finite.
+    Raises ModelError, naming the component, for inputs that are not finite, and for experts of a
+    class that does not declare how it computes.
     """
-    for block in in_blocks(components, lambda c: 4 * c.shape[1] ** 2):
+    with open_experts(network, components, lambda inputs, times: times(inputs.x)):
+        pass  # what cannot be opened is said before anything is read
+    for block in in_blocks(components, moment_bytes):
         moments = _collected(network, block, calibration)
         for component in block:
             moment = moments.pop(component.name, None)
             if moment is None:
-                n_in = component.shape[1]
-                moment = torch.zeros(n_in, n_in, device=network.device)
+                n_in, place = component.shape[1], weight_of(network, component).device
+                moment = torch.zeros(
+                    n_in, n_in, device=network.device if place.type == "meta" else place
+                )
             if not bool(moment.isfinite().all()):
                 raise ModelError(
                     f"what goes into {component.name} is not finite on {calibration.source}; run "
                     "the model in another --dtype (float16 overflows where bfloat16 does not)"
                 )
             yield component, moment
+
+
+def moment_bytes(component: Component) -> int:
+    """Of what is collected of one component."""
+    return 4 * component.shape[1] ** 2
 
 
 def in_blocks(
@@ -132,10 +142,11 @@ class _Sums:
                 rows = part.detach().reshape(-1, part.shape[-1]).float()
                 own = rows.T @ rows
                 self._moments[name] = self._moments[name] + own if name in self._moments else own
-        self._last = (whole, {**{expert: name for expert, (name, _) in parts.items()}, **before})
+        owners = {expert: name for expert, (name, _) in parts.items()}
+        self._last = (whole, owners | before)
 
     def forget(self) -> None:
-        """What went in last; another batch may lie in the same place."""
+        """What went in last: it would take memory until the next batch."""
         self._last = (None, {})
 
     def by_name(self) -> dict[str, Tensor]:
@@ -147,4 +158,4 @@ class _Sums:
 def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
     """Ids [text, token] without padding."""
     for length, alike in groupby(rows, key=len):
-        yield from torch.split(torch.tensor(list(alike)), max(1, TOKENS // length))
+        yield from torch.split(torch.tensor(list(alike)), max(1, TOKENS // max(1, length)))

@@ -173,7 +173,7 @@ def _symmetric(_c: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str
 
 
 def _plain_experts(component: Component, scheme: Scheme, _d: torch.dtype) -> tuple[str, str] | None:
-    if component.expert is None or str(scheme.steps[-1]).startswith("int"):
+    if component.expert is None or re.match(r"(?:gptq:)?int", str(scheme.steps[-1])):
         return None
     return (
         "transformers unpacks experts to dense weights from packed integers alone, and never "

@@ -93,7 +93,6 @@ def prune(
         "command": list(command),
         **_asked(base, sequences, prompts, settings),
         "trained_on": [str(device) for device in devices or (base.device,)],
-        "compiled": run.recovery is not None and run.recovery.compiles,
         "base_ppl": ground.base_ppl,
         "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,
@@ -122,6 +121,7 @@ def _asked(
             "digest": sequences.digest,
             "n_sequences": len(sequences.ids),
             "length": int(sequences.ids.shape[1]),
+            "n_saliency": min(settings.n_saliency, len(sequences.ids)),
         },
         "prompts": {
             "source": prompts.source,

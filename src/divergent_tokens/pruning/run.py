@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from divergent_tokens.allocation import MEASURED, Cut, cut, spared
-from divergent_tokens.compress.calibration import Calibration, in_blocks, second_moments
+from divergent_tokens.compress.calibration import (
+    Calibration,
+    in_blocks,
+    moment_bytes,
+    second_moments,
+)
 from divergent_tokens.compress.components import Component, component_view, weight_of
 from divergent_tokens.compress.prune import rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
@@ -97,6 +102,7 @@ class Run:
             "target": target,
             "sparsity": self.cut.sparsity,
             "loss": loss,
+            "compiled": self.recovery is not None and self.recovery.compiles,
             "learning_rate": None if loss is None else self.settings.training.learning_rate,
             "before": before,
             "after": after,
@@ -193,12 +199,16 @@ class Run:
         network, calibration = self.model.network, self._calibration(number)
         masks = dict(zip(self.components, self.cut.masks, strict=True))
         found: dict[Component, Tensor] = {}
-        for block in in_blocks(self.components, lambda c: 4 * c.shape[1] ** 2):
+        for block in in_blocks(self.components, moment_bytes):
             moments = dict(second_moments(network, block, calibration))
             for alike in _alike(network, block):
                 weights = torch.stack([weight_of(network, c) for c in alike])
-                own = (torch.stack([of[c] for c in alike]) for of in (masks, moments))
-                found.update(zip(alike, repair(weights, *own), strict=True))
+                repaired = repair(
+                    weights,
+                    torch.stack([masks[c] for c in alike]),
+                    torch.stack([moments[c] for c in alike]),
+                )
+                found.update(zip(alike, repaired, strict=True))
         self._write([found[component] for component in self.components])
 
     def _write(self, weights: Sequence[Tensor]) -> None:

@@ -26,7 +26,7 @@ class Settings:
     pattern: tuple[int, int] | None = None
     """n of m neighbours stay; the sparsity is 1 − n / m then, and there is one round."""
     n_saliency: int = 64
-    """Sequences that saliencies are seen on."""
+    """Sequences that saliencies are seen on, and what a repair makes up for; all, if fewer."""
     granularity: Granularity = "component"
     """What gets a sparsity of its own."""
     repair: bool = False
