@@ -619,6 +619,7 @@ def test_fdt_is_measured_unit_by_unit(base, tmp_path):
 @pytest.mark.parametrize(("criterion", "allocate"), [("fisher", "global"), ("wanda", "uniform")])
 def test_repair_brings_the_model_closer(base, tmp_path, criterion, allocate):
     options = {"rounds": 1, "steps": 0, "criterion": criterion, "allocate": allocate}
+    options["n_saliency"] = len(ROWS)  # random tokens teach nothing of others
     without = run(base, tmp_path, "without", **options)
     repaired = run(base, tmp_path, "repaired", repair=True, **options)
     zeros = [[c["n_zero"] for c in record["components"]] for record in (without, repaired)]
@@ -641,6 +642,23 @@ def test_repair_moves_outputs_less_in_every_storage(architecture, tmp_path):
         assert torch.equal(plain == 0, better == 0)
         errors = [float((((w - own) @ moment) * (w - own)).sum()) for w in (plain, better)]
         assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("n_saliency", [8, 12])  # with sequences to spare, and without
+def test_a_repair_that_does_harm_is_not_kept(base, tmp_path, n_saliency, monkeypatch):
+    options = {"rounds": 1, "steps": 0, "criterion": "magnitude", "allocate": "uniform"}
+    options["n_saliency"] = n_saliency
+    record = run(base, tmp_path, "without", **options)
+    assert record["rounds"][0]["repaired"] is None
+    record = run(base, tmp_path, "repaired", repair=True, **options)
+    assert record["rounds"][0]["repaired"]
+    monkeypatch.setattr(
+        "divergent_tokens.pruning.run.repair", lambda weights, masks, _moments: -weights * masks
+    )
+    record = run(base, tmp_path, "harmed", repair=True, **options)
+    assert record["rounds"][0]["repaired"] is False
+    found = [load_file(tmp_path / n / "model.safetensors") for n in ("without", "harmed")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def plan_for(base, scheme="int4:g16"):

@@ -213,7 +213,7 @@ class Recovery:
             if kind != "ce":
                 with torch.no_grad():
                     wanted: Tensor = teacher(input_ids=ids, use_cache=False).logits
-                loss = loss + self._made(_divergence)(logits[:, :-1], wanted[:, :-1])
+                loss = loss + self._made(mean_kl)(logits[:, :-1], wanted[:, :-1])
             if kind != "distill":
                 loss = loss + self._made(_cross_entropy)(logits[:, :-1], ids[:, 1:])
         return loss * (0.5 if kind == "both" else 1.0)
@@ -248,7 +248,7 @@ class Recovery:
             }
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+def mean_kl(logits: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted ‖ logits) of softmaxes [..., vocabulary], in nats, the mean."""
     logps, own = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
     kl = functional.kl_div(logps, own, reduction="none", log_target=True).sum(-1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,11 +32,14 @@ from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model
 from divergent_tokens.pruning.ground import Ground
 from divergent_tokens.pruning.settings import Settings
-from divergent_tokens.recover import NotFiniteError, Recovery, hold, schedule
+from divergent_tokens.recover import NotFiniteError, Recovery, hold, mean_kl, schedule
 from divergent_tokens.saliencies import find_saliencies
 
 TOGETHER_BYTES = 256 * 2**20
 """Of one of the arrays that a repair works on; more are repaired one after the other."""
+
+N_UNSEEN = 16
+"""Sequences that tell whether a repair is kept."""
 
 
 class Run:
@@ -67,6 +71,8 @@ class Run:
         self._unseen: tuple[str, ...] = ()
         self.masks: dict[str, Tensor] = {}
         """Of parameters as they are stored."""
+        self.repaired: bool | None = None
+        """Whether the last repair was kept; None where none was made."""
         self.recovery: Recovery | None = None
         if settings.training.steps:
             self.recovery = Recovery(
@@ -107,6 +113,7 @@ class Run:
             "before": before,
             "after": after,
             "unseen": list(self._unseen),
+            "repaired": self.repaired,
             "sparsities": {
                 c.name: share for c, share in zip(self.components, self.cut.sparsities, strict=True)
             },
@@ -185,9 +192,13 @@ class Run:
         self._write(found)
         return Cut(tuple(weight != 0 for weight in found))
 
-    def _calibration(self, number: int) -> Calibration:
+    def _order(self, number: int) -> NDArray[np.int64]:
+        """Of sequences: the first are seen in this round."""
         rng = np.random.default_rng([self.settings.seed, number])
-        rows = rng.permutation(len(self.sequences.ids))[: self.settings.n_saliency]
+        return rng.permutation(len(self.sequences.ids))
+
+    def _calibration(self, number: int) -> Calibration:
+        rows = self._order(number)[: self.settings.n_saliency]
         return Calibration(
             tuple(tuple(self.sequences.ids[row].tolist()) for row in rows), self.sequences.source
         )
@@ -209,7 +220,40 @@ class Run:
                     torch.stack([moments[c] for c in alike]),
                 )
                 found.update(zip(alike, repaired, strict=True))
-        self._write([found[component] for component in self.components])
+        self._write_if_closer([found[component] for component in self.components], number)
+
+    def _write_if_closer(self, weights: Sequence[Tensor], number: int) -> None:
+        """Now and then what fits the inputs that were seen moves the model away on others."""
+        hold(self.model.network, self.masks)
+        cut_only = self._kl_on_unseen(number)
+        self._swap(weights)
+        self.repaired = self._kl_on_unseen(number) <= cut_only
+        if not self.repaired:
+            self._swap(weights)
+
+    def _swap(self, weights: Sequence[Tensor]) -> None:
+        for component, other in zip(self.components, weights, strict=True):
+            own = weight_of(self.model.network, component)
+            before = own.clone()
+            own.copy_(other)
+            other.copy_(before)
+
+    @torch.no_grad()
+    def _kl_on_unseen(self, number: int) -> float:
+        """KL(base ‖ model) in nats per token, on sequences that no moment was seen on."""
+        rows = self._order(number)
+        rows = rows[self.settings.n_saliency :][:N_UNSEEN]
+        rows = rows if len(rows) else self._order(number)[:N_UNSEEN]
+        total = 0.0
+        with self._ground.served(self.model) as model:
+            for row in rows:
+                ids = torch.from_numpy(self.sequences.ids[row])[None].to(model.device)
+                logits, wanted = (
+                    network(input_ids=ids, use_cache=False).logits
+                    for network in (model.network, self.base.network)
+                )
+                total += float(mean_kl(logits, wanted))
+        return total / len(rows)
 
     def _write(self, weights: Sequence[Tensor]) -> None:
         """All at the end: how many moments have room at once must not decide what they see."""
