@@ -240,10 +240,10 @@ class Run:
 
     @torch.no_grad()
     def _kl_on_unseen(self, number: int) -> float:
-        """KL(base ‖ model) in nats per token, on sequences that no moment was seen on."""
-        rows = self._order(number)
-        rows = rows[self.settings.n_saliency :][:N_UNSEEN]
-        rows = rows if len(rows) else self._order(number)[:N_UNSEEN]
+        """KL(base ‖ model) in nats per token, on sequences that were not seen, if there are any."""
+        order = self._order(number)
+        seen = self.settings.n_saliency if len(order) > self.settings.n_saliency else 0
+        rows = order[seen:][:N_UNSEEN]
         total = 0.0
         with self._ground.served(self.model) as model:
             for row in rows:
