@@ -30,7 +30,7 @@ from divergent_tokens.pruning.run import Run
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Recovery, Training, hold, schedule
 from divergent_tokens.report.pruning import pruning_markdown
-from divergent_tokens.report.records import read_source
+from divergent_tokens.report.records import read_source, read_sources
 from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
 
 RNG = np.random.default_rng(0)
@@ -469,8 +469,11 @@ def test_rounds_of_another_run_are_refused(base, tmp_path, monkeypatch):
         stop_in_round(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             run(base, tmp_path)
-    with pytest.raises(RecordError, match=r"rounds of another run \(another settings\)"):
-        run(base, tmp_path, sparsity=0.6)
+    said = r"rounds of another run \(sparsity 0\.5 there, 0\.6 now; repair False there, True now\)"
+    with pytest.raises(RecordError, match=said):
+        run(base, tmp_path, sparsity=0.6, repair=True)
+    with pytest.raises(RecordError, match=r"another run \(base differs\)"):
+        run(runs.noisy(base), tmp_path)
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_round(base, tmp_path, monkeypatch):
@@ -657,6 +660,7 @@ def test_a_repair_that_does_harm_is_not_kept(base, tmp_path, n_saliency, monkeyp
     )
     record = run(base, tmp_path, "harmed", repair=True, **options)
     assert record["rounds"][0]["repaired"] is False
+    assert "not kept in 1 of 1 rounds (1)" in pruning_markdown({**record, "folder": "out"})
     found = [load_file(tmp_path / n / "model.safetensors") for n in ("without", "harmed")]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -686,6 +690,8 @@ def test_a_plan_is_measured_with_the_zeros(base, tmp_path):
     with candidates[str(path)] as model:
         kept = [(weight_of(loaded.network, c) == 0).float().mean() for c in of(model)]
     assert float(torch.stack(kept).mean()) >= 0.45
+    (source,) = read_sources([tmp_path / "out"])  # the plan there is for another base
+    assert source.kind == "pruning"
     assert "Rounds are measured under the plan" in pruning_markdown({**record, "folder": "out"})
 
 
@@ -733,6 +739,11 @@ def test_from_the_command_line(base, tmp_path, dtm):
     assert again.code == 2
     assert "--overwrite" in again.err
     assert dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite").code == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    mixed = dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite")
+    assert mixed.code == 2
+    assert "holds notes.txt besides a pruned model" in mixed.err
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     neither = dtm(*arguments, "--out", str(tmp_path / "x"))
     assert neither.code == 2
     assert "give either --sparsity 0.75 or --pattern 2:4" in neither.err

@@ -1,6 +1,7 @@
 """The last finished round, so that a pruning that was stopped goes on."""
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from divergent_tokens.pruning.run import Run
 from divergent_tokens.store import clear_disk_errors, replacing_file, write_text
 
 _RUN = "run.json"
+LONG = 40
+"""Characters of a value that is not shown: a digest."""
 
 
 class KeptRounds:
@@ -40,14 +43,14 @@ class KeptRounds:
             )
         try:
             kept: dict[str, Any] = json.loads((self._folder / _RUN).read_text(encoding="utf-8"))
-            differing = [name for name in self._key if kept["key"].get(name) != self._key[name]]
+            differing = list(_differing(kept["key"], self._key))
             whole = (self._folder / kept["file"]).is_file() and isinstance(kept["records"], list)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged() from error
         if differing:
             raise RecordError(
-                f"{self._folder} holds rounds of another run (another {', '.join(differing)}); "
-                "delete it, or give another --out"
+                f"{self._folder} holds rounds of another run ({'; '.join(differing)}); give the "
+                "options of that run to go on with it, delete the folder, or give another --out"
             )
         if not whole:
             raise self._damaged()
@@ -116,3 +119,17 @@ class KeptRounds:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's files are in it
             self._folder.rmdir()
+
+
+def _differing(there: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What is another, in words; of settings each by itself."""
+    for name, value in now.items():
+        before = there.get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from _differing(before, value)
+        elif isinstance(value, dict | list) or len(str(value)) > LONG:
+            yield f"{name} differs"
+        else:
+            yield f"{name} {before} there, {value} now"

@@ -32,6 +32,11 @@ from divergent_tokens.store import clear_disk_errors, replacing_folder, write_te
 
 SCHEMA = "divergent-tokens/pruning/1"
 RECORD = "pruning.json"
+WRITTEN = (
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.py"),
+    *("vocab.txt", "merges.txt"),
+)
+"""Patterns of what a pruned model's folder holds: weights, tokenizer, code and records."""
 
 
 def prune(
@@ -147,6 +152,12 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         raise RecordError(
             f"{out} holds a pruned model already; give --overwrite to replace it, or name another "
             "folder"
+        )
+    theirs = sorted(p.name for p in out.iterdir() if p.is_dir() or not any(map(p.match, WRITTEN)))
+    if theirs:
+        raise RecordError(
+            f"{out} holds {', '.join(theirs[:3])} besides a pruned model, which replacing it would "
+            "delete; move what is yours, or name another folder"
         )
 
 

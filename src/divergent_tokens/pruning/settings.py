@@ -88,9 +88,10 @@ class Settings:
             self.allocate == "global" or self.pattern is not None
         ):
             what = "a pattern" if self.pattern is not None else "--allocate global"
+            instead = "give --sparsity" if self.pattern is not None else "take --allocate kl"
             raise SchemeError(
                 f"{what} gives nothing a sparsity of its own; leave --granularity "
-                f"{self.granularity} out, or take --allocate kl"
+                f"{self.granularity} out, or {instead}"
             )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")

@@ -91,6 +91,18 @@ def _kinds(record: Record) -> list[list[str]]:
     return rows
 
 
+def _seen(record: Record) -> str:
+    """What was seen, and trained on."""
+    data = record["data"]
+    n, trained_on = data.get("n_saliency", data["n_sequences"]), data["n_sequences"]
+    where = f"sequences of {data['length']} tokens from {data['source']}"
+    if all(one["loss"] is None for one in record["rounds"]):
+        return f"Seen on {n} {where}"
+    if n == trained_on:
+        return f"Seen and trained on {n} {where}"
+    return f"Trained on {trained_on} {where}, and seen on {n} of them in each round"
+
+
 def notes(record: Record) -> Iterator[str]:
     """What a reader must know to read the numbers rightly."""
     if record["base_ppl"] is not None:
@@ -100,13 +112,13 @@ def notes(record: Record) -> Iterator[str]:
             "Rounds are measured under the plan; plan.json in the folder is the same plan for what "
             "was written: dtm compress packs both."
         )
-    data = record["data"]
-    trained = any(one["loss"] is not None for one in record["rounds"])
-    yield (
-        f"Seen{' and trained' if trained else ''} on {data['n_sequences']} sequences of "
-        f"{data['length']} tokens from {data['source']}; keep the prompts and the text "
-        "apart from them."
-    )
+    yield f"{_seen(record)}; keep the prompts and the text apart from them."
+    left = [str(one["round"]) for one in record["rounds"] if one.get("repaired") is False]
+    if left:
+        yield (
+            f"The repair was not kept in {len(left)} of {len(record['rounds'])} rounds "
+            f"({', '.join(left)}): on other sequences the model was closer without it."
+        )
     unseen = record["rounds"][-1].get("unseen")
     if unseen:
         yield (

@@ -100,7 +100,8 @@ def _files(path: Path) -> Sequence[Path]:
             f"the folder {path} holds no {', '.join(IN_FOLDERS[:-1])} or {IN_FOLDERS[-1]}; name a "
             "file that dtm wrote, or such a folder"
         )
-    return found
+    # A plan beside a pruning is for what was written, which is another base than what was pruned.
+    return found[:1] if found[0].name == "pruning.json" else found
 
 
 def _head(path: Path) -> bytes:
