@@ -101,7 +101,8 @@ def _files(path: Path) -> Sequence[Path]:
             "file that dtm wrote, or such a folder"
         )
     # A plan beside a pruning is for what was written, which is another base than what was pruned.
-    return found[:1] if found[0].name == "pruning.json" else found
+    pruned = found[0].name == "pruning.json"
+    return [file for file in found if not (pruned and file.name == "plan.json")]
 
 
 def _head(path: Path) -> bytes:
