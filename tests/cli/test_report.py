@@ -33,7 +33,7 @@ def test_a_folder_stands_for_the_record_in_it(dtm, files, tmp_path):
     left = dtm("report", tmp_path, "--out", tmp_path / "page.html")
     assert "1 pruning, 1 verification" in left.out  # a plan beside a pruning is for what came of it
     (tmp_path / "pruning.json").unlink()
-    left = dtm("report", tmp_path, "--out", tmp_path / "page.html")
+    left = dtm("report", tmp_path, "--out", tmp_path / "another.html")
     assert "1 plan, 1 verification" in left.out
 
 
