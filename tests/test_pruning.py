@@ -429,9 +429,8 @@ def test_lifted_masks_let_weights_come_back_before_the_next_cut(base, tmp_path, 
         training=Training(steps=5, batch_size=4, micro_batch=4, learning_rate=1e-3, lifted=True),
         **TINY,
     )
-    rows = np.random.default_rng(1).integers(4, 200, (12, 16))
     record = prune(
-        base, of(base), Sequences(rows, "random"), runs.prompts(4), tmp_path / "out", settings
+        base, of(base), Sequences(ROWS, "random"), runs.prompts(4), tmp_path / "out", settings
     )
     assert [(n, held) for n, held, _ in seen] == [(5, True), (2, False), (3, True)]
     assert seen[1][2] < 0.1 * seen[0][2]

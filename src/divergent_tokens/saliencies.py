@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component, weight_of
-from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
+from divergent_tokens.compress.expert_forward import (
+    ExpertInputs,
+    check_experts,
+    open_experts,
+    stack_members,
+)
 from divergent_tokens.compress.units import Unit, whole
 from divergent_tokens.errors import ModelError, SchemeError
 from divergent_tokens.gradients import BATCH, sequence_gradients
@@ -64,8 +69,7 @@ def check_components(
     if ends:
         raise SchemeError(f"{ends[0]} is not pruned: only matrices of the layers are; exclude it")
     if criterion != "magnitude" or sees_inputs:
-        with open_experts(network, components, lambda inputs, times: times(inputs.x)):
-            pass
+        check_experts(network, components)
 
 
 @torch.no_grad()

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from divergent_tokens.compress.components import Component, weight_of
-from divergent_tokens.compress.expert_forward import ExpertInputs, open_experts, stack_members
+from divergent_tokens.compress.expert_forward import (
+    ExpertInputs,
+    check_experts,
+    open_experts,
+    stack_members,
+)
 from divergent_tokens.errors import ModelError
 
 ROOM_BYTES = 2 * 2**30
@@ -50,8 +55,7 @@ def second_moments(
     Raises ModelError, naming the component, for inputs that are not finite, and for experts of a
     class that does not declare how it computes.
     """
-    with open_experts(network, components, lambda inputs, times: times(inputs.x)):
-        pass  # what cannot be opened is said before anything is read
+    check_experts(network, components)
     for block in in_blocks(components, moment_bytes):
         moments = _collected(network, block, calibration)
         for component in block:

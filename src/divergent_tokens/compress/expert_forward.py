@@ -57,6 +57,12 @@ def open_experts(
         yield
 
 
+def check_experts(network: PreTrainedModel, components: Sequence[Component]) -> None:
+    """Raise ModelError for experts that cannot be opened, before anything is read."""
+    with open_experts(network, components, lambda inputs, times: times(inputs.x)):
+        pass
+
+
 def stack_members(components: Sequence[Component]) -> Mapping[tuple[str, str], dict[int, int]]:
     """Stack and part (gate_proj, ...) -> expert -> component; empty for what was not chosen."""
     found: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)

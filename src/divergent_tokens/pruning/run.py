@@ -238,7 +238,6 @@ class Run:
             own.copy_(other)
             other.copy_(before)
 
-    @torch.no_grad()
     def _kl_on_unseen(self, number: int) -> float:
         """KL(base ‖ model) in nats per token, on sequences that were not seen, if there are any."""
         order = self._order(number)
