@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from divergent_tokens import recover
-from divergent_tokens.allocation import Cut, cut
+from divergent_tokens.allocation import Cut, _ordered, _threshold, cut
 from divergent_tokens.candidates import plan_candidates
 from divergent_tokens.compress.calibration import Calibration, second_moments
 from divergent_tokens.compress.components import find_components, weight_of
@@ -254,6 +254,17 @@ def test_embeddings_and_head_are_not_pruned(base, sequences):
     every = find_components(base.network, include=["*"])
     with pytest.raises(SchemeError, match="is not pruned: only matrices of the layers"):
         find_saliencies(base, every, "magnitude", sequences)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_threshold_is_that_of_a_sort(seed):
+    rng = np.random.default_rng(seed)
+    values = [torch.from_numpy(rng.normal(1, 0.01, (3, 7)).astype("f4")) for _ in range(3)]
+    values.append(torch.full((3, 7), float(values[0][0, 0])))  # ties
+    keys = [_ordered(value) for value in values]
+    whole = sorted(key for part in keys for key in part.flatten().tolist())
+    for n in (1, 20, 42, len(whole)):
+        assert _threshold(keys, n) == whole[n - 1]
 
 
 # --- training ---
