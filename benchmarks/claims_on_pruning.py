@@ -9,39 +9,48 @@ from drawing import Chart, Point, Series
 
 from divergent_tokens.report.numbers import number, percent
 
-RECOVERY = ("pruning-recovery", "pruning-recovery-magnitude")
-"""Measured on texts that were cut a little differently: runs are held together within a file."""
+RECOVERY = "pruning-recovery"
 WANTED_SPARSITY, QUARTER = 0.75, 0.25
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pruning of a recovery file."""
+    """One pruning of the recovery file."""
 
-    file: str
     way: str
+    """Criterion, allocation, and `repair`."""
     seed: str
+    more: tuple[str, ...]
+    """Settings that differ from the others'."""
     found: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return ", ".join((self.way, *self.more))
 
     @property
     def is_guided(self) -> bool:
         return self.way.split("/")[1] not in ("uniform", "uniform-spared")
 
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What must be alike in two runs that are held against each other."""
+        settings = self.found["settings"].items()
+        return {"seed": self.seed, **{k: v for k, v in settings if k != "n_saliency"}}
+
 
 def recovered(results: Results) -> list[Run]:
     """All prunings to 75 %; empty where none was measured."""
     runs = []
-    for file in RECOVERY:
-        for name, found in (results(file) or {"found": {}})["found"].items():
-            way, sparsity, seed = name.split(", ")
-            if float(sparsity) == WANTED_SPARSITY:
-                runs.append(Run(file, way, seed, found))
+    for name, found in (results(RECOVERY) or {"found": {}})["found"].items():
+        way, sparsity, seed, *more = name.split(", ")
+        if float(sparsity) == WANTED_SPARSITY:
+            runs.append(Run(way, seed, tuple(more), found))
     return runs
 
 
 def attention(results: Results) -> Claim:
-    # Of some runs the printed line alone is left.
-    runs = [run for run in recovered(results) if run.is_guided and "attention" in run.found]
+    runs = [run for run in recovered(results) if run.is_guided]
     sparser = [run.found["attention"] > run.found["mlp"] for run in runs]
     beyond = [run.found["attention_beyond"] >= QUARTER for run in runs]
     verdict = UNKNOWN
@@ -50,7 +59,7 @@ def attention(results: Results) -> Claim:
         verdict = HOLDS if all(sparser) and all(beyond) else verdict
     rows = [
         [
-            run.way,
+            run.label,
             run.seed,
             percent(run.found["attention"]),
             percent(run.found["mlp"]),
@@ -69,7 +78,7 @@ def attention(results: Results) -> Claim:
         found.insert(0, table(columns, rows))
     else:
         found.insert(0, "With recovery between rounds: not measured yet.")
-    ways = tuple(dict.fromkeys(run.way for run in runs))
+    labels = tuple(dict.fromkeys(run.label for run in runs))
     chart = Chart(
         "Zeros in attention and MLP matrices at 75 %",
         "criterion/allocation",
@@ -77,12 +86,12 @@ def attention(results: Results) -> Claim:
         tuple(
             Series(
                 word,
-                tuple(Point(ways.index(run.way), run.found[key]) for run in runs),
+                tuple(Point(labels.index(run.label), run.found[key]) for run in runs),
                 joined=False,
             )
             for word, key in (("attention", "attention"), ("MLP", "mlp"))
         ),
-        x_names=ways,
+        x_names=labels,
     )
     return Claim(
         title="Attention prunes further than MLP, a quarter of it beyond 90 %",
@@ -99,30 +108,18 @@ def attention(results: Results) -> Claim:
         verdict=verdict,
         found=tuple(found),
         limits=_pruning_limits(results),
-        results=("pruning-one-shot", *dict.fromkeys(run.file for run in runs)),
+        results=("pruning-one-shot", *((RECOVERY,) if runs else ())),
         figures=(("attention", chart),) if runs else (),
     )
 
 
 def guided(results: Results) -> Claim:
-    runs = recovered(results)
-    rows, wins = [], []
-    for run in (run for run in runs if run.is_guided):
-        rival = _rival(run, runs)
-        if rival is None:
-            continue
-        ours, theirs = run.found["after"], rival.found["after"]
-        won = [ours[metric] < theirs[metric] for metric in ("ppl", "sdt")]
-        wins.append(won)
-        cells = [f"{number(ours['ppl'])}, {number(theirs['ppl'])}"]
-        cells += [f"{percent(ours['sdt'])}, {percent(theirs['sdt'])}"]
-        cells += [f"{number(ours[m])}, {number(theirs[m])}" for m in ("kl", "fdt")]
-        rows.append([f"{run.way}, {rival.way}", run.seed, *cells])
+    pairs = _pairs(recovered(results))
+    won = [[_ratio(metric, *pair) < 1 for pair in pairs] for metric in ("ppl", "sdt")]
     verdict = UNKNOWN
-    if wins:
-        n_better = [sum(won[i] for won in wins) for i in (0, 1)]
-        verdict = IN_PART if max(n_better) > len(wins) / 2 else NOT
-        verdict = HOLDS if n_better == [len(wins)] * 2 else verdict
+    if pairs:
+        verdict = IN_PART if any(sum(wins) > len(wins) / 2 for wins in won) else NOT
+        verdict = HOLDS if all(map(all, won)) else verdict
     once = needed(results, "pruning-one-shot")["found"]
     shown = (
         "magnitude/uniform",
@@ -140,8 +137,7 @@ def guided(results: Results) -> Claim:
             if name.startswith(f"{way}, ")
         )
         series.append(Series(way, tuple(Point(100 * at, ppl) for at, ppl in points)))
-    found = [table(("guided, uniform", "", "PPL", "SDT", "KL", "FDT"), rows)] if rows else []
-    found = found or ["With recovery between rounds: not measured yet."]
+    found = [_ratios(pairs)] if pairs else ["With recovery between rounds: not measured yet."]
     half = {way: once[f"{way}, 0.5, seed 0"]["ppl"] for way in shown}
     found.append(
         "In one shot at 50 %, without training: magnitude has a perplexity of "
@@ -156,14 +152,14 @@ def guided(results: Results) -> Claim:
             "perplexity than uniform sparsity (the paper: 8.10 and 13.51, Llama-2-13B)."
         ),
         rule=(
-            "Every guided run to 75 % with recovery against the uniform one of its seed (and "
-            "criterion, where there is one): holds if perplexity and SDT are lower in every "
-            "pair, in part if one of them is in most."
+            "Every guided run to 75 % with recovery against every uniform one of its seed and "
+            "training: holds if perplexity and SDT are lower in every pair, in part if one of them "
+            "is in most."
         ),
         verdict=verdict,
         found=tuple(found),
         limits=_pruning_limits(results),
-        results=("pruning-one-shot", *(dict.fromkeys(run.file for run in runs) if wins else ())),
+        results=("pruning-one-shot", *((RECOVERY,) if pairs else ())),
         figures=(
             (
                 "pruning",
@@ -179,16 +175,34 @@ def guided(results: Results) -> Claim:
     )
 
 
-def _rival(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The uniform run to hold a guided one against: of its file and seed, as alike as there is."""
-    criterion, _, *more = run.way.split("/")
+def _pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Guided runs, each with every uniform one that was trained alike."""
+    return [
+        (run, rival)
+        for run in runs
+        if run.is_guided
+        for rival in runs
+        if not rival.is_guided and rival.training == run.training
+    ]
 
-    def likeness(other: Run) -> tuple[bool, bool, bool]:
-        parts = other.way.split("/")
-        return parts[1] == "uniform", parts[2:] == more, parts[0] == criterion
 
-    alike = (r for r in runs if not r.is_guided and (r.file, r.seed) == (run.file, run.seed))
-    return max(alike, key=likeness, default=None)
+def _ratio(metric: str, run: Run, rival: Run) -> float:
+    return float(run.found["after"][metric] / rival.found["after"][metric])
+
+
+def _ratios(pairs: Sequence[tuple[Run, Run]]) -> str:
+    """A line for each kind of pair: guided over uniform, from the least to the greatest seed."""
+    kinds: dict[tuple[str, str], list[tuple[Run, Run]]] = {}
+    for run, rival in pairs:
+        kinds.setdefault((run.label, rival.label), []).append((run, rival))
+    rows = []
+    for labels, alike in kinds.items():
+        ratios = [sorted(_ratio(m, *pair) for pair in alike) for m in ("ppl", "sdt", "kl", "fdt")]
+        cells = [" to ".join(dict.fromkeys(f"{x:.2f}" for x in (r[0], r[-1]))) for r in ratios]
+        rows.append([*labels, str(len(alike)), *cells])
+    return table(
+        ("guided", "uniform", "seeds", "PPL, guided over uniform", "SDT", "KL", "FDT (more is better)"), rows
+    )
 
 
 def _pruning_limits(results: Results) -> str:

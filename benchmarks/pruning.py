@@ -21,6 +21,9 @@ from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Training
 from divergent_tokens.store import default_cache
 
+SETTINGS = ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
+"""Options that a run's numbers depend on, kept with them."""
+
 
 def main() -> None:
     arguments = parse()
@@ -71,18 +74,18 @@ def main() -> None:
 
             seconds = seconds_of(run)
         name = f"{way}, {sparsity}, seed {seed}"
-        found[name] = {**kept(records[0]), "seconds": seconds}
+        found[name] = {
+            "settings": {key: getattr(arguments, key) for key in SETTINGS},
+            "n_sequences": len(sequences_of[seed].ids),
+            **kept(records[0]),
+            "seconds": seconds,
+        }
         base_ppl = records[0]["base_ppl"]
         show(name, found[name])
         result = {
             "base": arguments.base,
             "base_ppl": base_ppl,
-            "settings": {
-                key: getattr(arguments, key)
-                for key in ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
-            },
             "n_prompts": len(prompts),
-            "n_sequences": len(sequences_of[seed].ids),
             "length": arguments.length,
             "found": found,
         }
@@ -128,7 +131,7 @@ def kept(record: dict[str, Any]) -> dict[str, Any]:
         "compiled": last["compiled"],
         "metrics": metrics,
         "rounds": [
-            {key: one[key] for key in ("sparsity", "loss", "before", "after")}
+            {key: one[key] for key in ("sparsity", "loss", "before", "after", "repaired")}
             for one in record["rounds"]
         ],
         "attention": sum(attention) / len(attention),

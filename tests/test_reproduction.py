@@ -152,7 +152,9 @@ def recovery(**runs):
     found = {}
     for name, values in runs.items():
         ppl, sdt, attention, mlp, beyond = values
+        rate = 1e-3 if "1e-3" in name else 3e-4
         found[name] = {
+            "settings": {"rounds": 10, "steps": 60, "lr": rate, "n_saliency": 64},
             "after": {"ppl": ppl, "fdt": 3.0, "sdt": sdt, "kl": 0.5},
             "sparsity": 0.75,
             "attention": attention,
@@ -163,7 +165,7 @@ def recovery(**runs):
 
 
 def recovered(results, file):
-    return changed(results, **{"pruning-recovery": file, "pruning-recovery-magnitude": None})
+    return changed(results, **{"pruning-recovery": file})
 
 
 UNIFORM = (60.0, 0.3, 0.75, 0.75, 0.0)
@@ -182,7 +184,7 @@ def test_pruning_waits_for_its_file_and_takes_it(script, results):
     planted = recovered(results, file)
     assert verdict(script, "guided", planted) == verdict(script, "attention", planted) == "holds"
     page = script.made(planted)["reproduction.md"]
-    assert "fisher/global, magnitude/uniform | seed 2 | 50.0, 60.0 | 20.0%, 30.0% |" in page
+    assert "| fisher/global | magnitude/uniform | 3 | 0.83 | 0.67 | 1.00 | 1.00 |" in page
     assert "recovery between rounds: not measured" not in page
     assert "figures/attention.svg" in page
     assert "3 seeds; values without intervals" in page
@@ -200,21 +202,28 @@ def test_pruning_waits_for_its_file_and_takes_it(script, results):
     assert verdict(script, "attention", planted) == "does not hold"
 
 
-def test_a_guided_run_is_held_against_the_uniform_one_most_like_it(script, results):
+def test_a_guided_run_is_held_against_every_uniform_one_that_was_trained_alike(script, results):
     file = recovery(
         **{
-            "magnitude/uniform, 0.75, seed 0": (10.0, 0.1, 0.7, 0.7, 0.0),
-            "fisher/uniform, 0.75, seed 0": UNIFORM,
-            "magnitude/uniform/repair, 0.75, seed 0": (55.0, 0.3, 0.7, 0.7, 0.0),
+            "magnitude/uniform, 0.75, seed 0": UNIFORM,
+            "magnitude/uniform, 0.75, seed 1": (80.0, 0.4, 0.7, 0.7, 0.0),
+            "fisher/uniform-spared, 0.75, seed 1": (90.0, 0.5, 0.7, 0.7, 0.0),
+            "magnitude/uniform, 0.75, seed 1, 1e-3": (10.0, 0.1, 0.7, 0.7, 0.0),
             "fisher/global, 0.75, seed 0": (50.0, 0.2, 0.8, 0.7, 0.3),
-            "fisher/kl/repair, 0.75, seed 0": (52.0, 0.2, 0.8, 0.7, 0.3),
+            "fisher/global, 0.75, seed 1": (48.0, 0.1, 0.8, 0.7, 0.3),
+            "fisher/kl/repair, 0.75, seed 1, 256 sequences": (40.0, 0.2, 0.8, 0.7, 0.3),
         }
     )
+    many = file["found"]["fisher/kl/repair, 0.75, seed 1, 256 sequences"]
+    many["settings"]["n_saliency"] = 256
     page = script.made(recovered(results, file))["reproduction.md"]
-    pairs = re.findall(r"^\| (fisher/\S+), (\S+) \| seed 0 \| (\S+), (\S+) \|", page, re.MULTILINE)
-    assert pairs == [
-        ("fisher/global", "fisher/uniform", "50.0", "60.0"),
-        ("fisher/kl/repair", "magnitude/uniform/repair", "52.0", "55.0"),
+    assert re.findall(
+        r"^\| (fisher/\S+.*) \| (\S+) \| (\d) \| (.*?) \| (.*?) \|", page, re.MULTILINE
+    ) == [
+        ("fisher/global", "magnitude/uniform", "2", "0.60 to 0.83", "0.25 to 0.67"),
+        ("fisher/global", "fisher/uniform-spared", "1", "0.53", "0.20"),
+        ("fisher/kl/repair, 256 sequences", "magnitude/uniform", "1", "0.50", "0.50"),
+        ("fisher/kl/repair, 256 sequences", "fisher/uniform-spared", "1", "0.44", "0.40"),
     ]
 
 
