@@ -201,7 +201,16 @@ def _ratios(pairs: Sequence[tuple[Run, Run]]) -> str:
         cells = [" to ".join(dict.fromkeys(f"{x:.2f}" for x in (r[0], r[-1]))) for r in ratios]
         rows.append([*labels, str(len(alike)), *cells])
     return table(
-        ("guided", "uniform", "seeds", "PPL, guided over uniform", "SDT", "KL", "FDT (more is better)"), rows
+        (
+            "guided",
+            "uniform",
+            "seeds",
+            "PPL, guided over uniform",
+            "SDT",
+            "KL",
+            "FDT (more is better)",
+        ),
+        rows,
     )
 
 

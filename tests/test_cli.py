@@ -439,7 +439,7 @@ def test_a_file_that_is_no_gguf(refused, place):
         ("broken.jsonl", b'{"text": ', "line 1 of .* is not JSON"),
         ("list.jsonl", b"[1]", "line 1 of .* holds list, not an object"),
         ("bad.parquet", b"PAR1", "is not a parquet file"),
-        ("prompts.csv", b"a,b", "is no source of prompts; expected builtin, self"),
+        ("prompts.csv", b"a,b", "is no source of texts; expected builtin, self"),
         (
             "short.txt",
             b"one two\n",

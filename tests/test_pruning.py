@@ -1,7 +1,15 @@
 """Pruning in rounds: exact zeros that stay, harm against slow loops, and runs that go on."""
 
 import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +33,7 @@ from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.sequences import Sequences, read_sequences
 from divergent_tokens.models import load_model
+from divergent_tokens.pruning import run as run_module
 from divergent_tokens.pruning.prune import prune
 from divergent_tokens.pruning.run import Run
 from divergent_tokens.pruning.settings import Settings
@@ -106,8 +115,17 @@ def test_what_is_gone_stays_gone():
 
 def test_uniform_spares_the_first_and_the_last_layer():
     values = [torch.rand(10, 10) for _ in range(14)]
+    found = made(*values)
+    with pytest.raises(SchemeError, match="nothing else is left; take --allocate uniform"):
+        cut(found, "uniform-spared", 0.5)  # two layers, both of them ends
+    layers = [
+        replace(u, component=replace(u.component, layer=i % 4)) for i, u in enumerate(found.units)
+    ]
+    four = replace(found, units=tuple(layers))
+    shares = cut(four, "uniform-spared", 0.3).sparsities
+    assert [share > 0 for share in shares] == [i % 4 in (1, 2) for i in range(14)]
     with pytest.raises(SchemeError, match="leaves nothing of the layers between"):
-        cut(made(*values), "uniform-spared", 0.5)  # two layers, both of them ends
+        cut(four, "uniform-spared", 0.6)
 
 
 def test_least_harm_is_the_best_of_all_choices():
@@ -343,6 +361,17 @@ def test_parts_of_a_batch_are_the_batch(base, sequences):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+def test_both_is_half_of_each_loss(base, sequences):
+    found = {}
+    for loss in ("distill", "ce", "both"):
+        network = runs.changed(base, lambda n: [p.mul_(1.1) for p in n.parameters()]).network
+        training = Training(batch_size=4, loss=loss, learning_rate=0.0)
+        recovery = Recovery(network, base.network, sequences, training, total_steps=1, seed=0)
+        found[loss] = recovery.run(1, {})
+    assert found["distill"] > 1e-3
+    assert found["both"] == pytest.approx((found["distill"] + found["ce"]) / 2, rel=1e-5)
+
+
 def test_the_schedule_takes_large_steps_first_and_ends_at_the_target():
     found = schedule(0.75, 10)
     steps = np.diff([0, *found])
@@ -576,7 +605,7 @@ def test_a_text_too_short_to_train_on(base, tmp_path):
     path.write_text("\n".join(tiny.SENTENCES))
     with pytest.raises(PromptError, match="training needs 8 at least"):
         read_sequences(str(path), base, length=64, n_sequences=100)
-    with pytest.raises(PromptError, match=r"^4 training sequences were asked for"):
+    with pytest.raises(PromptError, match=r"^4 training sequences .* \(--n-sequences\)$"):
         read_sequences(str(path), base, length=16, n_sequences=4)
     path.write_text("\n".join(tiny.SENTENCES * 20))
     found = read_sequences(str(path), base, length=16, n_sequences=10)
@@ -592,6 +621,31 @@ def test_several_sources_give_as_much_each(base, tmp_path):
         alone = read_sequences(path, base, length=16, n_sequences=len(own))
         assert np.array_equal(alone.ids, own)
     assert found.source == ", ".join(paths)
+
+
+def test_what_is_reported_on_and_was_seen_is_counted_and_said(base, tmp_path, caplog):
+    prompts = runs.prompts(4, 20)
+    rows = np.random.default_rng(3).integers(4, 200, (9, 40))
+    apart = Sequences(rows.copy(), "apart")
+    rows[5, 11:27] = prompts.prompts[2].ids[3:19]  # sixteen in a row
+    rows[6, :15] = prompts.prompts[1].ids[:15]
+    text = "A text that is seen in the sequences, too, word for word. " * 30
+    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows[7] = ids[20:60]
+    settings = Settings(sparsity=0.5, **{**TINY, "training": Training(steps=0)})
+    records = {}
+    for sequences in (apart, Sequences(rows, "mixed")):
+        with caplog.at_level(logging.WARNING, "divergent_tokens.pruning.prune"):
+            records[sequences.source] = prune(
+                base, of(base), sequences, prompts, tmp_path / sequences.source, settings, text=text
+            )
+    assert records["apart"]["data"]["reported"] == {"prompts": 0.0, "text": 0.0}
+    shares = records["mixed"]["data"]["reported"]
+    assert shares["prompts"] == 0.25
+    assert 0 < shares["text"] <= 1
+    assert "25% of the prompts was trained on" in caplog.text
+    assert "25.0% of the prompts stands in these sequences" in pruning_markdown(records["mixed"])
+    assert "stands in these sequences" not in pruning_markdown(records["apart"])
 
 
 def test_what_the_base_draws_is_kept(base, tmp_path, monkeypatch):
@@ -673,6 +727,35 @@ def test_a_repair_that_does_harm_is_not_kept(base, tmp_path, n_saliency, monkeyp
     assert "not kept in 1 of 1 rounds (1)" in pruning_markdown({**record, "folder": "out"})
     found = [load_file(tmp_path / n / "model.safetensors") for n in ("without", "harmed")]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_repair_is_judged_on_sequences_that_it_was_not_seen_on(base, tmp_path, monkeypatch):
+    texts = {"seen": set(), "judged": set()}
+    second_moments_of, judge = run_module.second_moments, run_module.mean_kl
+
+    def seeing(network, components, calibration):
+        texts["seen"] |= set(calibration.rows)
+        return second_moments_of(network, components, calibration)
+
+    def reading(network, _args, given):
+        if "input_ids" in given:
+            last.append(tuple(given["input_ids"][0].tolist()))
+
+    def judging(logits, wanted):
+        texts["judged"].add(last[-1])
+        return judge(logits, wanted)
+
+    last = []
+    handle = base.network.register_forward_pre_hook(reading, with_kwargs=True)
+    monkeypatch.setattr(run_module, "second_moments", seeing)
+    monkeypatch.setattr(run_module, "mean_kl", judging)
+    options = {"rounds": 1, "steps": 0, "criterion": "magnitude", "allocate": "uniform"}
+    run(base, tmp_path, repair=True, n_saliency=8, **options)
+    handle.remove()
+    every = {tuple(row) for row in ROWS.tolist()}
+    assert texts["seen"] | texts["judged"] == every
+    assert len(texts["seen"]) == 8
+    assert not texts["seen"] & texts["judged"]
 
 
 def plan_for(base, scheme="int4:g16"):
@@ -771,6 +854,75 @@ def test_from_the_command_line(base, tmp_path, dtm):
     assert not record["rounds"][0]["compiled"]
 
 
+def test_options_that_could_not_act_are_refused(dtm, tmp_path):
+    command = ["prune", "nowhere", "--out", str(tmp_path / "out")]
+    for arguments, message in (
+        (["--sparsity", "0.5", "--steps", "0", "--lift", "--lr", "1e-3"], "and --lr, --lift would"),
+        (["--sparsity", "0.5", "--steps", "0", "--compile"], "and --compile would not act"),
+        (["--sparsity", "0.5", "--rounds", "1", "--lift"], "here is no other; give more --rounds"),
+        (["--pattern", "2:4", "--lift"], "a pattern is cut at once"),
+        (["--pattern", "2:4", "--allocate", "kl"], "so that --allocate kl would not act"),
+    ):
+        done = dtm(*command, *arguments)
+        assert (done.code, message in done.err) == (2, True), done.err
+    for arguments in (
+        ["--sparsity", "0.5", "--steps", "0", "--no-compile"],
+        ["--pattern", "2:4", "--allocate", "uniform"],
+    ):
+        assert "nowhere" in dtm(*command, *arguments).err  # no such model, which comes after
+
+
+def test_experts_of_a_dense_model_are_none(base, tmp_path):
+    with pytest.raises(SchemeError, match="none of the 14 components is an expert's"):
+        run(base, tmp_path, granularity="expert")
+
+
+def test_a_damaged_record_is_no_pruned_model(base, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for damaged in ('{"schema": "divergent-tokens/pru', "[]", '{"schema": "another"}', "\x00"):
+        (out / "pruning.json").write_text(damaged)
+        with pytest.raises(RecordError, match="holds no pruned model of ours"):
+            prune(
+                base,
+                of(base),
+                Sequences(ROWS, "r"),
+                runs.prompts(2),
+                out,
+                Settings(0.5),
+                overwrite=True,
+            )
+        assert (out / "pruning.json").read_text() == damaged
+
+
+def test_a_share_of_some_matrices_is_called_one(base, tmp_path):
+    some = find_components(base.network, include=["*q_proj"])
+    settings = Settings(sparsity=0.5, **{**TINY, "training": Training(steps=0)})
+    record = prune(base, some, Sequences(ROWS, "r"), runs.prompts(2), tmp_path / "out", settings)
+    assert record["n_whole"] == 12
+    assert "of the 2 matrices that were chosen; 12 others stay" in pruning_markdown(record)
+
+
+def test_an_interrupt_says_which_rounds_are_kept(base, tmp_path):
+    base.network.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    data = tmp_path / "data.txt"
+    data.write_text("\n".join(tiny.SENTENCES * 30))
+    command = [str(Path(sys.executable).with_name("dtm")), "prune", "base", "--sparsity", "0.5"]
+    command += ["--rounds", "400", "--steps", "1", "--data", "data.txt", "--length", "16"]
+    command += ["--n-sequences", "20", "--prompts", "data.txt", "--n-prompts", "3", "--prefix", "8"]
+    command += ["--new-tokens", "4", "--device", "cpu", "--out", "out", "--cache", "cache"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("out.rounds/round-2*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert re.search(
+        r"; \d+ of 400 rounds are kept in out\.rounds: run the same command to go on$", said
+    )
+
+
 # --- what was once wrong ---
 
 
@@ -829,7 +981,7 @@ def test_a_smaller_learning_rate_goes_on(base, tmp_path, monkeypatch):
 
 def test_what_no_round_could_do_is_said_first(base, tmp_path, monkeypatch):
     monkeypatch.setattr("divergent_tokens.pruning.ground.complete", None)
-    with pytest.raises(SchemeError, match="leaves nothing of the layers between"):
+    with pytest.raises(SchemeError, match="nothing else is left"):
         run(base, tmp_path, criterion="magnitude", allocate="uniform-spared")
     with pytest.raises(SchemeError, match="unknown criterion 'snip'"):
         run(base, tmp_path, criterion="snip", allocate="uniform")

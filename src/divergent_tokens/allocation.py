@@ -159,7 +159,12 @@ def spared(units: Sequence[Unit], sparsity: float) -> list[float]:
     layers = [u.component.layer for u in units if u.component.layer is not None]
     ends = {min(layers), max(layers)}
     others = sum(u.n_parameters for u in units if u.component.layer not in ends)
-    share = sparsity * sum(u.n_parameters for u in units) / others if others else 1.0
+    if not others:
+        raise SchemeError(
+            f"--allocate uniform-spared leaves the first and the last layer whole, and of the "
+            f"{len(ends)} that were chosen nothing else is left; take --allocate uniform"
+        )
+    share = sparsity * sum(u.n_parameters for u in units) / others
     if share >= 1:
         raise SchemeError(
             f"a sparsity of {sparsity} leaves nothing of the layers between the first and the last "

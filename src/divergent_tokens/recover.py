@@ -209,16 +209,15 @@ class Recovery:
         # Its cache of weights in bfloat16 is one for all threads, and each would clear the others'.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             logits: Tensor = network(input_ids=ids, use_cache=False).logits
-            loss = logits.new_zeros((), dtype=torch.float32)
-            if kind != "ce":
-                with torch.no_grad():
-                    wanted: Tensor = teacher(input_ids=ids, use_cache=False).logits
-                loss = loss + self._made(mean_kl)(logits[:, :-1], wanted[:, :-1])
-            if kind != "distill":
-                loss = loss + self._made(_cross_entropy)(logits[:, :-1], ids[:, 1:])
-        return loss * (0.5 if kind == "both" else 1.0)
+            if kind == "ce":
+                return self._made(_cross_entropy)(logits[:, :-1], ids[:, 1:])
+            with torch.no_grad():
+                wanted: Tensor = teacher(input_ids=ids, use_cache=False).logits
+            if kind == "distill":
+                return self._made(mean_kl)(logits[:, :-1], wanted[:, :-1])
+            return self._made(_both)(logits[:, :-1], wanted[:, :-1], ids[:, 1:])
 
-    def _made(self, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def _made(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return compiled(function) if self.compiles else function
 
     def state(self) -> dict[str, Tensor]:
@@ -250,14 +249,23 @@ class Recovery:
 
 def mean_kl(logits: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted ‖ logits) of softmaxes [..., vocabulary], in nats, the mean."""
-    logps, own = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    kl = functional.kl_div(logps, own, reduction="none", log_target=True).sum(-1)
-    return kl.mean()
+    return _kl(logits.float().log_softmax(-1), wanted)
+
+
+def _kl(logps: Tensor, wanted: Tensor) -> Tensor:
+    of_base = wanted.float().log_softmax(-1)
+    return functional.kl_div(logps, of_base, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     """Of logits [..., vocabulary] and the tokens that came [...], in nats, the mean."""
     return functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten())
+
+
+def _both(logits: Tensor, wanted: Tensor, ids: Tensor) -> Tensor:
+    """Half of `mean_kl` and half of `_cross_entropy`, from one softmax."""
+    logps = logits.float().log_softmax(-1)
+    return 0.5 * (_kl(logps, wanted) + functional.nll_loss(logps.flatten(0, -2), ids.flatten()))
 
 
 def _make_activations_again(network: Any) -> None:

@@ -126,7 +126,7 @@ def test_documents_are_read_one_at_a_time(tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}', "lone surrogate"),
         ("a.parquet", b"", "not a parquet file"),
         ("a.parquet", b"PAR1 and something else PAR1", "not a parquet file"),
-        ("a.csv", b"text", "is no source of prompts"),
+        ("a.csv", b"text", "is no source of texts"),
     ],
 )
 def test_bad_files_are_one_clear_message(tmp_path, name, content, message):

@@ -24,6 +24,15 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit ** " kmgt".index(found[2].lower() or " "))
 
 
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Of these parameters the options that stand on the command line, as they are written."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
+
+
 class Format(StrEnum):
     """How the result is printed."""
 

@@ -1,6 +1,8 @@
 """`dtm prune`: zeros where they harm least, in rounds, with training in between."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +26,10 @@ from divergent_tokens.cli.options import (
     SkipPrompts,
     TextField,
     TrustRemoteCode,
+    given,
 )
 from divergent_tokens.cli.output import print_record, progress_bar
-from divergent_tokens.cli.signals import on_signals, tidy_up
+from divergent_tokens.cli.signals import kept, on_signals, tidy_up
 from divergent_tokens.errors import DivergentTokensError
 
 
@@ -68,6 +71,7 @@ class Loss(StrEnum):
 
 
 def prune(
+    context: typer.Context,
     base: Base,
     out: Annotated[
         Path, typer.Option(help="Write the pruned model into this folder.", show_default=False)
@@ -96,7 +100,7 @@ def prune(
         typer.Option(
             help="How sparse each matrix becomes: by one threshold for all (fisher only), by the "
             "least harm in KL or FDT, by one threshold of FDT as in the paper, or alike. Left out: "
-            "global for fisher, else kl.",
+            "global for fisher, else kl, and kl with --granularity head or rows.",
             show_default=False,
         ),
     ] = None,
@@ -207,6 +211,7 @@ def prune(
     """
     if (sparsity is None) == (pattern is None):
         raise DivergentTokensError("give either --sparsity 0.75 or --pattern 2:4")
+    _check_acts(context)
 
     from divergent_tokens.compress.components import find_components
     from divergent_tokens.compress.plan_file import read_plan
@@ -224,7 +229,8 @@ def prune(
     on_signals(tidy_up)
     check_folder(out.resolve(), overwrite=overwrite)
     n_of_m = parse_pattern(pattern) if pattern else None
-    by_default = Allocate.threshold if criterion is Criterion.fisher else Allocate.kl
+    whole = granularity in (Granularity.component, Granularity.expert) or n_of_m
+    by_default = Allocate.threshold if criterion is Criterion.fisher and whole else Allocate.kl
     settings = Settings(
         sparsity=1 - n_of_m[0] / n_of_m[1] if n_of_m else float(sparsity or 0),
         rounds=rounds or (10 if steps and not n_of_m else 1),
@@ -281,24 +287,66 @@ def prune(
             cache=cache,
             progress=progress,
         )
-        record = prune_in_rounds(
-            model,
-            components,
-            sequences,
-            prompt_set,
-            out,
-            settings,
-            plan=plan_file,
-            text=given_text,
-            devices=training_devices(model.network) if device == "auto" else (),
-            batch_size=batch_size,
-            compiled=compiled,
-            overwrite=overwrite,
-            cache=cache,
-            progress=progress,
-            command=["dtm", *sys.argv[1:]],
-        )
+        with _saying_what_is_kept(out, settings.rounds):
+            record = prune_in_rounds(
+                model,
+                components,
+                sequences,
+                prompt_set,
+                out,
+                settings,
+                plan=plan_file,
+                text=given_text,
+                devices=training_devices(model.network) if device == "auto" else (),
+                batch_size=batch_size,
+                compiled=compiled,
+                overwrite=overwrite,
+                cache=cache,
+                progress=progress,
+                command=["dtm", *sys.argv[1:]],
+            )
     _print({**record, "folder": str(out)}, format)
+
+
+@contextmanager
+def _saying_what_is_kept(out: Path, rounds: int) -> Iterator[None]:
+    """After an interrupt: which rounds are there to go on with."""
+    from divergent_tokens.pruning.kept_rounds import finished_rounds, rounds_folder
+
+    try:
+        yield
+    except BaseException:
+        n = finished_rounds(out.resolve())
+        if n:
+            kept.append(
+                f"{n} of {rounds} rounds are kept in {rounds_folder(out)}: run the same command to "
+                "go on"
+            )
+        raise
+
+
+def _check_acts(context: typer.Context) -> None:
+    """DivergentTokensError for options that could not do anything here."""
+    asked = context.params
+    training = given(context, "lr", "loss", "train_batch", "micro_batch")
+    training += [f"--{name}" for name in ("lift", "checkpointing") if asked[name]]
+    training += ["--compile"] if asked["compiled"] else []
+    if asked["steps"] == 0 and training:
+        raise DivergentTokensError(
+            f"--steps 0 trains nothing, and {', '.join(training)} would not act; leave out what is "
+            "of training, or give --steps"
+        )
+    pattern, allocate = asked["pattern"], asked["allocate"]
+    if asked["lift"] and (asked["rounds"] == 1 or pattern):
+        raise DivergentTokensError(
+            "--lift lets zeros go before each cut but the first, and here is no other; give more "
+            "--rounds (a pattern is cut at once), or leave --lift out"
+        )
+    if pattern and allocate not in (None, Allocate.uniform):
+        raise DivergentTokensError(
+            f"--pattern {pattern} takes as much of every row, so that --allocate {allocate} would "
+            "not act; leave it out"
+        )
 
 
 def _print(record: dict[str, Any], format: Format) -> None:

@@ -109,7 +109,7 @@ def find_components(
     if not chosen:
         raise ModelError(
             f"include {list(include)} and exclude {list(exclude)} leave no component; exclude "
-            f"fewer. There are: {_nearest('', sorted(inside))}"
+            f"fewer. There are: {_nearest('', list(names))}"
         )
     components = []
     for weight in found:
@@ -118,6 +118,11 @@ def find_components(
         elif isinstance(weight, _Unreadable) and weight.name in chosen:
             raise ModelError(f"{weight.name}: {weight.why}; to go on without it, exclude it")
     return tuple(components)
+
+
+def count_matrices(network: PreTrainedModel) -> int:
+    """How many weight matrices the layers have; those that cannot be read are counted, too."""
+    return sum(1 for _ in _weights(network))
 
 
 def ends(network: PreTrainedModel) -> tuple[Component, ...]:

@@ -42,11 +42,11 @@ def read_documents(source: str, *, text_field: str = "text") -> Iterator[Documen
     readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise PromptError(
-            f"{source!r} is no source of prompts; expected builtin, self, hf:DATASET, "
+            f"{source!r} is no source of texts; expected builtin, self, hf:DATASET, "
             f"or a file that ends in {', '.join(readers)}"
         )
     if not path.is_file():
-        raise PromptError(f"the prompt file {source} does not exist; check the path")
+        raise PromptError(f"the file {source} does not exist; check the path")
     return _not_empty(readers[path.suffix.lower()](path, text_field), source)
 
 

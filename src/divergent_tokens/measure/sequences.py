@@ -53,7 +53,8 @@ def read_sequences(
     """
     if n_sequences < FEWEST:
         raise PromptError(
-            f"{n_sequences} training sequences were asked for; expected {FEWEST} at least"
+            f"{n_sequences} training sequences were asked for; expected {FEWEST} at least "
+            "(--n-sequences)"
         )
     if model.max_positions and length > model.max_positions:
         raise PromptError(

@@ -71,7 +71,7 @@ class Ground:
         states = base_states(
             base, head, completions, batch_size=size, cache=cache, progress=progress
         )
-        every = find_components(base.network, include=["*"])
+        every = () if plan is None else find_components(base.network, include=["*"])
         found = cls(base, plan, every, head, completions, states, text, None, states.batch_size)
         return replace(found, base_ppl=found.perplexity(base, head))
 

@@ -21,6 +21,20 @@ LONG = 40
 """Characters of a value that is not shown: a digest."""
 
 
+def rounds_folder(out: Path) -> Path:
+    """Where the rounds of a pruning into `out` are kept."""
+    return out.with_name(f"{out.name}.rounds")
+
+
+def finished_rounds(out: Path) -> int:
+    """How many rounds of a pruning into `out` are kept; 0 where none can be read."""
+    try:
+        kept = json.loads((rounds_folder(out) / _RUN).read_text(encoding="utf-8"))
+        return len(kept["records"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 class KeptRounds:
     """The last finished round, beside the folder that is to come."""
 

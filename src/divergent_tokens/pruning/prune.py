@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,19 +12,25 @@ from typing import Any
 
 import torch
 
-from divergent_tokens.compress.components import Component, find_components, weight_of
+from divergent_tokens.compress.components import (
+    Component,
+    count_matrices,
+    find_components,
+    weight_of,
+)
 from divergent_tokens.compress.donors import Donor
 from divergent_tokens.compress.plan import Plan, check_plan
 from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern
 from divergent_tokens.errors import RecordError, SchemeError
 from divergent_tokens.measure.comparison import versions
+from divergent_tokens.measure.overlap import share_seen
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.measure.sequences import Sequences
 from divergent_tokens.models import Model, outline_model
 from divergent_tokens.pruning.ground import Ground
-from divergent_tokens.pruning.kept_rounds import KeptRounds
+from divergent_tokens.pruning.kept_rounds import KeptRounds, rounds_folder
 from divergent_tokens.pruning.run import Run
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.quiet import quietly
@@ -37,6 +44,12 @@ WRITTEN = (
     *("vocab.txt", "merges.txt"),
 )
 """Patterns of what a pruned model's folder holds: weights, tokenizer, code and records."""
+PIECE = 64
+"""Tokens of the text that are looked for among the sequences at once."""
+TOO_MANY = 0.05
+"""A greater share of prompts or of the text that was seen before is said."""
+
+_log = logging.getLogger(__name__)
 
 
 def prune(
@@ -67,6 +80,9 @@ def prune(
     everything else is done on the first, the base's own. Training runs compiled where that pays, or
     `compiled` asks for it.
 
+    Prompts and text that stand in the sequences are counted (`data.reported`), and a warning is
+    logged where they are many.
+
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
     overwritten, and where kept rounds are of another run; SchemeError where a criterion or pattern
     does not fit a component or the base is sparser already; DivergentTokensError for a loss that is
@@ -79,8 +95,9 @@ def prune(
     _check_components(base, components, settings)
     served = None if plan is None else _checked(plan, base)
     key = _key(base, components, sequences, prompts, settings, plan, text)
-    kept = KeptRounds(out.with_name(f"{out.name}.rounds"), key)
+    kept = KeptRounds(rounds_folder(out), key)
     kept.check()
+    seen = _seen_before(base, sequences, prompts, text)
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
     run = Run(model, base, components, sequences, settings, devices, progress, compiled)
@@ -96,12 +113,13 @@ def prune(
         "schema": SCHEMA,
         "versions": versions(),
         "command": list(command),
-        **_asked(base, sequences, prompts, settings),
+        **_asked(base, sequences, prompts, settings, seen),
         "trained_on": [str(device) for device in devices or (base.device,)],
         "base_ppl": ground.base_ppl,
         "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,
         "components": run.components_json(),
+        "n_whole": count_matrices(base.network) - sum(c.layer is not None for c in components),
         **run.final_metrics(prompts, text, batch_size, cache),
     }
     _write(out, model, record, plan)
@@ -110,7 +128,11 @@ def prune(
 
 
 def _asked(
-    base: Model, sequences: Sequences, prompts: PromptSet, settings: Settings
+    base: Model,
+    sequences: Sequences,
+    prompts: PromptSet,
+    settings: Settings,
+    seen: dict[str, float | None],
 ) -> dict[str, Any]:
     """What was pruned, how, and on what."""
     return {
@@ -127,6 +149,7 @@ def _asked(
             "n_sequences": len(sequences.ids),
             "length": int(sequences.ids.shape[1]),
             "n_saliency": min(settings.n_saliency, len(sequences.ids)),
+            "reported": seen,
         },
         "prompts": {
             "source": prompts.source,
@@ -139,6 +162,29 @@ def _asked(
     }
 
 
+def _seen_before(
+    base: Model, sequences: Sequences, prompts: PromptSet, text: str | None
+) -> dict[str, float | None]:
+    """Shares of the prompts and of the text that stand in the sequences too."""
+    found: dict[str, float | None] = {
+        "prompts": share_seen(sequences.ids, [prompt.ids for prompt in prompts.prompts]),
+        "text": None,
+    }
+    if text is not None:
+        ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
+        found["text"] = share_seen(sequences.ids, pieces)
+    for name, share in found.items():
+        if share is not None and share > TOO_MANY:
+            _log.warning(
+                "%s of the %s was trained on or chose the zeros, so that results will look too "
+                "good; give --data another source",
+                f"{share:.0%}",
+                name,
+            )
+    return found
+
+
 def check_folder(out: Path, *, overwrite: bool) -> None:
     """RecordError where something would be replaced that this did not write, or nobody asked."""
     above = next(parent for parent in out.parents if parent.exists())
@@ -146,7 +192,7 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
         raise RecordError(f"{out} cannot be written, since {above} is no folder that can be")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / RECORD).is_file():
+    if not _is_ours(out / RECORD):
         raise RecordError(f"{out} exists and holds no pruned model of ours; name another folder")
     if not overwrite:
         raise RecordError(
@@ -159,6 +205,15 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
             f"{out} holds {', '.join(theirs[:3])} besides a pruned model, which replacing it would "
             "delete; move what is yours, or name another folder"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is the record of a pruning, and whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("schema") == SCHEMA
 
 
 def _key(
@@ -187,6 +242,11 @@ def _key(
 
 def _check_components(base: Model, components: Sequence[Component], settings: Settings) -> None:
     """SchemeError for what the settings do not fit; what no round could do is said before one."""
+    if settings.granularity == "expert" and all(c.expert is None for c in components):
+        raise SchemeError(
+            f"--granularity expert was asked for, and none of the {len(components)} components is "
+            "an expert's; leave it out"
+        )
     sees = settings.repair or (settings.allocate == "kl" and settings.pattern is None)
     check_components(base.network, components, settings.criterion, sees_inputs=sees)
     if settings.pattern is not None:

@@ -103,6 +103,15 @@ def _seen(record: Record) -> str:
     return f"Trained on {trained_on} {where}, and seen on {n} of them in each round"
 
 
+def _seen_before(record: Record) -> Iterator[str]:
+    for name, share in record["data"].get("reported", {}).items():
+        if share:
+            yield (
+                f"{percent(share)} of the {name} stands in these sequences: the more, the better "
+                "results look than they are."
+            )
+
+
 def notes(record: Record) -> Iterator[str]:
     """What a reader must know to read the numbers rightly."""
     if record["base_ppl"] is not None:
@@ -112,7 +121,14 @@ def notes(record: Record) -> Iterator[str]:
             "Rounds are measured under the plan; plan.json in the folder is the same plan for what "
             "was written: dtm compress packs both."
         )
+    whole = record.get("n_whole")
+    if whole:
+        yield (
+            f"The share is of the {len(record['components'])} matrices that were chosen; {whole} "
+            "others stay as they were."
+        )
     yield f"{_seen(record)}; keep the prompts and the text apart from them."
+    yield from _seen_before(record)
     left = [str(one["round"]) for one in record["rounds"] if one.get("repaired") is False]
     if left:
         yield (
