@@ -40,7 +40,7 @@ from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Recovery, Training, hold, schedule
 from divergent_tokens.report.pruning import pruning_markdown
 from divergent_tokens.report.records import read_source, read_sources
-from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies
+from divergent_tokens.saliencies import LEVELS, Saliencies, find_saliencies, levels_of
 
 RNG = np.random.default_rng(0)
 needs_llm_compressor = pytest.mark.skipif(
@@ -100,6 +100,14 @@ def test_one_threshold_takes_the_least_of_all_to_the_last_weight(sparsity):
     assert sum(int((~mask).sum()) for mask in found.masks) == n_gone
     gone = torch.cat([v[~m] for v, m in zip(values, found.masks, strict=True)])
     assert torch.equal(gone.sort().values, joined.sort().values[:n_gone])
+
+
+@pytest.mark.parametrize(("by_rows", "mask_of"), [(False, share_mask), (True, rows_mask)])
+def test_one_sort_gives_the_mask_of_every_level(by_rows, mask_of):
+    saliency = torch.from_numpy(RNG.integers(0, 40, (13, 17))).float()  # many are alike
+    levels = levels_of(saliency, by_rows)
+    for j, level in enumerate(LEVELS):
+        assert torch.equal(levels > j, mask_of(saliency, level)), level
 
 
 def test_what_is_gone_stays_gone():
@@ -282,7 +290,8 @@ def test_one_threshold_is_that_of_a_sort(seed):
     keys = [_ordered(value) for value in values]
     whole = sorted(key for part in keys for key in part.flatten().tolist())
     for n in (1, 20, 42, len(whole)):
-        assert _threshold(keys, n) == whole[n - 1]
+        threshold = whole[n - 1]
+        assert _threshold(lambda: keys, n) == (threshold, whole.index(threshold))
 
 
 # --- training ---

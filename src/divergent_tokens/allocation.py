@@ -1,7 +1,8 @@
 """How sparse each matrix becomes, so that all of them together are as sparse as wanted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divergent_tokens.compress.prune import lowest_mask, n_of_m_mask, rows_mask, share_mask
+from divergent_tokens.compress.prune import n_of_m_mask, rows_mask, share_mask
 from divergent_tokens.compress.units import Unit
 from divergent_tokens.errors import SchemeError
 from divergent_tokens.saliencies import LEVELS, Saliencies
@@ -17,6 +18,9 @@ from divergent_tokens.search.knapsack import least_harm
 
 Allocate = Literal["uniform", "uniform-spared", "global", "kl", "fdt", "fdt-threshold"]
 ALLOCATIONS: tuple[Allocate, ...] = get_args(Allocate)
+Keys = Callable[[], Iterable[Tensor]]
+"""Gives the int32 of every matrix, in the order of its saliencies; made again each time."""
+_FIRST_TO_GO = torch.finfo(torch.float32).min
 _TIE = 1e-9
 _HALF = 16
 """Bits of half a key."""
@@ -63,57 +67,61 @@ def cut(
     `fdt-threshold` is the paper's (Deiseroth et al. 2024, section 4): every unit as sparse as its
     FDT allows above one threshold, which is found for the wanted sparsity.
     """
-    values = saliencies.values
-    if before is not None:
-        gone = torch.finfo(torch.float32).min  # the first to go
-        values = tuple(
-            value.masked_fill(~mask, gone) for value, mask in zip(values, before.masks, strict=True)
-        )
+
+    def values() -> Iterator[Tensor]:
+        """One after the other: a copy of all would be another copy of the weights."""
+        for i, value in enumerate(saliencies.values):
+            yield value if before is None else value.masked_fill(~before.masks[i], _FIRST_TO_GO)
+
     if pattern is not None:
-        return Cut(tuple(n_of_m_mask(value, *pattern) for value in values))
+        return Cut(tuple(n_of_m_mask(value, *pattern) for value in values()))
     if allocate == "global":
-        return _by_one_threshold(values, sparsity)
+        n_weights = sum(value.numel() for value in saliencies.values)
+        return _by_one_threshold(lambda: map(_ordered, values()), round(sparsity * n_weights))
     units = saliencies.units
     stay = [
         u.n_parameters if before is None else int(u.of(before.masks[u.owner]).sum()) for u in units
     ]
     shares = _shares(saliencies, allocate, sparsity, np.array(stay), fdt, by_rows)
     mask_of = rows_mask if by_rows else share_mask
-    masks = [torch.empty_like(value, dtype=torch.bool) for value in values]
-    for unit, share in zip(units, shares, strict=True):
-        unit.of(masks[unit.owner]).copy_(mask_of(unit.of(values[unit.owner]), share))
+    masks = []
+    parts = groupby(zip(units, shares, strict=True), key=lambda part: part[0].owner)
+    for value, (_, own) in zip(values(), parts, strict=True):
+        masks.append(torch.empty_like(value, dtype=torch.bool))
+        for unit, share in own:
+            unit.of(masks[-1]).copy_(mask_of(unit.of(value), share))
     if before is not None:  # a unit may get a lower level than it has
         masks = [new & old for new, old in zip(masks, before.masks, strict=True)]
     return Cut(tuple(masks))
 
 
-def _by_one_threshold(values: Sequence[Tensor], sparsity: float) -> Cut:
+def _by_one_threshold(keys: Keys, n_gone: int) -> Cut:
     """The least of all together; found on integers of the same order, without a sort of all."""
-    n_gone = round(sparsity * sum(value.numel() for value in values))
-    ordered = [_ordered(value) for value in values]
-    threshold = _threshold(ordered, n_gone)
-    below = [int(torch.count_nonzero(keys < threshold)) for keys in ordered]
-    ties = n_gone - sum(below)
+    threshold, n_below = _threshold(keys, n_gone)
+    ties = n_gone - n_below
     masks = []
-    for keys, n_below in zip(ordered, below, strict=True):
-        own = min(ties, int(torch.count_nonzero(keys == threshold)))
-        masks.append(lowest_mask(keys, n_below + own))
-        ties -= own
+    for own in keys():
+        mask = own > threshold
+        equal = (own == threshold).flatten().nonzero().flatten()
+        mask.view(-1)[equal[ties:]] = True
+        ties -= min(ties, len(equal))
+        masks.append(mask)
     return Cut(tuple(masks))
 
 
-def _threshold(ordered: Sequence[Tensor], n: int) -> int:
-    """The smallest int32 that `n` of all keys are no larger than: by upper halves, then by lower.
+def _threshold(keys: Keys, n: int) -> tuple[int, int]:
+    """The smallest int32 that `n` of all keys are no larger than, and how many are smaller.
 
-    Each half is counted in one pass.
+    By upper halves, then by lower; each half is counted in one pass.
     """
-    upper, n_below = _bin([(keys >> _HALF) + (1 << _HALF - 1) for keys in ordered], n)
+    upper, n_below = _bin(((own >> _HALF) + (1 << _HALF - 1) for own in keys()), n)
     upper -= 1 << _HALF - 1
-    lower = [keys[keys >> _HALF == upper] & (1 << _HALF) - 1 for keys in ordered]
-    return (upper << _HALF) + _bin(lower, n - n_below)[0]
+    lower = (own[own >> _HALF == upper] & (1 << _HALF) - 1 for own in keys())
+    last, n_before = _bin(lower, n - n_below)
+    return (upper << _HALF) + last, n_below + n_before
 
 
-def _bin(places: Sequence[Tensor], n: int) -> tuple[int, int]:
+def _bin(places: Iterable[Tensor], n: int) -> tuple[int, int]:
     """The first of 2^16 places up to which there are `n`, and how many are before it."""
     counts = sum(torch.bincount(p.flatten(), minlength=1 << _HALF).cpu() for p in places)
     assert isinstance(counts, Tensor)

@@ -91,7 +91,8 @@ def find_saliencies(
 
     `units`: whole components if left out. `by_rows`: harm is of letting the least of each row of a
     unit go. `with_harm` costs backward passes for every criterion; with a `teacher`, from which the
-    model has moved, the slope of KL(teacher ‖ model) is part of it.
+    model has moved, the slope of KL(teacher ‖ model) is part of it. Memory: one float32 copy of the
+    weights, whatever the criterion, and single matrices beside it.
     """
     check_components(model.network, components, criterion, sees_inputs=with_harm)
     units = whole(components) if units is None else tuple(units)
@@ -103,29 +104,29 @@ def find_saliencies(
     rng = np.random.default_rng(seed)
     n = min(n_sequences, len(sequences.ids))
     ids = torch.from_numpy(sequences.ids[rng.permutation(len(sequences.ids))[:n]])
-    weights = [weight_of(model.network, c).float() for c in components]
+    weights = [weight_of(model.network, c) for c in components]
     seen = frozenset(range(len(components)))
     if criterion == "wanda":
         norms, seen = _input_norms(model, components, ids)
-        values = [w.abs() * norm for w, norm in zip(weights, norms, strict=True)]
+        values = [w.float().abs() * norm for w, norm in zip(weights, norms, strict=True)]
         for i in _unseen(components, seen):
-            values[i] = weights[i].abs()
+            values[i] = weights[i].float().abs()
     elif criterion == "fisher":
-        squares = [torch.zeros_like(w) for w in weights]
+        squares = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
 
         def add_squares(i: int, gradients: Tensor) -> None:
-            squares[i] += gradients.square().sum(0)
+            for one in gradients:
+                squares[i].addcmul_(one, one)
 
         seen = sequence_gradients(model, components, ids, add_squares, seed, None, progress)
         for i, others in _unseen(components, seen).items():
             squares[i].fill_(float(np.mean([float(squares[j].mean()) for j in others])))
         n_tokens = n * (ids.shape[1] - 1)
-        values = [
-            0.5 * w.square() * _smoothed(square / n_tokens)
-            for w, square in zip(weights, squares, strict=True)
-        ]
+        for weight, square in zip(weights, squares, strict=True):
+            square.copy_(0.5 * weight.float().square() * _smoothed(square / n_tokens))
+        values = squares
     else:
-        values = [w.abs() for w in weights]
+        values = [w.float().abs() for w in weights]
     harm = None
     if with_harm:
         harm, seen = _harm(model, components, units, values, ids, by_rows, teacher, seed, progress)
@@ -267,15 +268,16 @@ def _places(saliency: Tensor, units: Sequence[Unit], by_rows: bool) -> Tensor:
     """Where each weight's product is added up: by unit, then by stretch. int32 [out, in]"""
     found = torch.empty_like(saliency, dtype=torch.int32)
     for place, unit in enumerate(units):
-        stretches = _stretches(unit.of(saliency), by_rows)
-        unit.of(found).copy_(stretches.int() + place * (len(LEVELS) + 1))
+        levels = levels_of(unit.of(saliency), by_rows)
+        unit.of(found).copy_(levels.int() + place * (len(LEVELS) + 1))
     return found
 
 
-def _stretches(saliency: Tensor, by_rows: bool) -> Tensor:
-    """At which of the `LEVELS` each weight goes: the first whose share it is within.
+def levels_of(saliency: Tensor, by_rows: bool) -> Tensor:
+    """At which of the `LEVELS` each weight goes, by its number: the first whose share it is within.
 
-    What never goes has the number behind the last level. uint8, in the saliency's shape.
+    What never goes has the number behind the last level. One sort, of the whole or of each row.
+    uint8, in the saliency's shape.
     """
     rows = saliency if by_rows else saliency.flatten()[None]
     order = rows.argsort(dim=1, stable=True)

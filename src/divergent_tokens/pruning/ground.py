@@ -114,10 +114,13 @@ class Ground:
         self,
         model: Model,
         units: Sequence[Unit],
-        mask_at: Callable[[int, float], Tensor],
+        levels_of: Callable[[Unit], Tensor],
         progress: Progress,
     ) -> NDArray[np.float64]:
-        """FDT with one unit cut, everything else as it is now. [unit, level]"""
+        """FDT with one unit cut, everything else as it is now. [unit, level]
+
+        `levels_of`: the number of the level at which each weight of a unit goes.
+        """
         runs = LayerRuns(
             model, find_head(model.network), self.completions, batch_size=self.batch_size
         )
@@ -125,15 +128,15 @@ class Ground:
         found = np.zeros((len(units), len(LEVELS)))
         order = sorted(range(len(units)), key=lambda i: units[i].component.layer or 0)
         for done, i in enumerate(order):
-            component = units[i].component
+            component, levels = units[i].component, levels_of(units[i])
             layer = component.layer
             assert layer is not None
             runs.go_to(layer)
             parameter = model.network.get_parameter(component.parameter)
             own = parameter.data
-            for j, level in enumerate(LEVELS):
+            for j in range(len(LEVELS)):
                 parameter.data = own.clone()
-                units[i].of(component_view(parameter.data, component)).mul_(mask_at(i, level))
+                units[i].of(component_view(parameter.data, component)).mul_(levels > j)
                 try:
                     scores = score_hidden(
                         runs.hidden(layer), model, find_head(model.network), self.completions, base

@@ -20,10 +20,9 @@ from divergent_tokens.compress.calibration import (
     second_moments,
 )
 from divergent_tokens.compress.components import Component, component_view, weight_of
-from divergent_tokens.compress.prune import rows_mask, share_mask
 from divergent_tokens.compress.repair import repair
 from divergent_tokens.compress.sparsegpt import prune_by_sparsegpt
-from divergent_tokens.compress.units import find_units
+from divergent_tokens.compress.units import Unit, find_units
 from divergent_tokens.errors import DivergentTokensError
 from divergent_tokens.measure.comparison import compare
 from divergent_tokens.measure.progress import Progress
@@ -33,7 +32,7 @@ from divergent_tokens.models import Model
 from divergent_tokens.pruning.ground import Ground
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import NotFiniteError, Recovery, hold, mean_kl, schedule
-from divergent_tokens.saliencies import find_saliencies
+from divergent_tokens.saliencies import find_saliencies, levels_of
 
 TOGETHER_BYTES = 256 * 2**20
 """Of one of the arrays that a repair works on; more are repaired one after the other."""
@@ -164,12 +163,10 @@ class Run:
         fdt = None
         if settings.allocate in MEASURED and settings.pattern is None:
 
-            def mask_at(i: int, level: float) -> Tensor:
-                unit = self._units[i]
-                saliency = unit.of(found.values[unit.owner])
-                return (rows_mask if settings.by_rows else share_mask)(saliency, level)
+            def levels(unit: Unit) -> Tensor:
+                return levels_of(unit.of(found.values[unit.owner]), settings.by_rows)
 
-            fdt = self._ground.fdt_by_level(model, self._units, mask_at, self._progress)
+            fdt = self._ground.fdt_by_level(model, self._units, levels, self._progress)
         return cut(
             found,
             settings.allocate,
