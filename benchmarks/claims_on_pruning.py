@@ -1,6 +1,6 @@
 """Claims on pruning: what attention bears, and whether guiding pays after recovery."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from divergent_tokens.report.numbers import number, percent
 
 RECOVERY = "pruning-recovery"
 WANTED_SPARSITY, QUARTER = 0.75, 0.25
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Run:
     @property
     def is_guided(self) -> bool:
         return self.way.split("/")[1] not in ("uniform", "uniform-spared")
+
+    @property
+    def is_repaired(self) -> bool:
+        return "repair" in self.way.split("/")
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -78,20 +83,19 @@ def attention(results: Results) -> Claim:
         found.insert(0, table(columns, rows))
     else:
         found.insert(0, "With recovery between rounds: not measured yet.")
-    labels = tuple(dict.fromkeys(run.label for run in runs))
     chart = Chart(
-        "Zeros in attention and MLP matrices at 75 %",
-        "criterion/allocation",
-        "share of zeros, a mean over matrices",
+        "Zeros by kind of matrix, guided to 75 %",
+        "kind",
+        "share of zeros, a mean over layers",
         tuple(
             Series(
                 word,
-                tuple(Point(labels.index(run.label), run.found[key]) for run in runs),
+                tuple(_by_kind(run for run in runs if run.is_repaired is repaired)),
                 joined=False,
             )
-            for word, key in (("attention", "attention"), ("MLP", "mlp"))
+            for word, repaired in (("without repair", False), ("with repair", True))
         ),
-        x_names=labels,
+        x_names=KINDS,
     )
     return Claim(
         title="Attention prunes further than MLP, a quarter of it beyond 90 %",
@@ -111,6 +115,15 @@ def attention(results: Results) -> Claim:
         results=("pruning-one-shot", *((RECOVERY,) if runs else ())),
         figures=(("attention", chart),) if runs else (),
     )
+
+
+def _by_kind(runs: Iterable[Run]) -> Iterator[Point]:
+    """Zeros of q, k, v, ... in each run, a mean over the layers."""
+    for run in runs:
+        shares = run.found["sparsities"]
+        for place, kind in enumerate(KINDS):
+            own = [share for name, share in shares.items() if name.endswith(f".{kind}_proj")]
+            yield Point(place, sum(own) / len(own))
 
 
 def guided(results: Results) -> Claim:

@@ -147,6 +147,17 @@ def test_others_by_its_rule(script, results):
     assert verdict(script, "others", planted) == "holds"
 
 
+KINDS = (
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.o",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+)
+
+
 def recovery(**runs):
     """A file as benchmarks/pruning.py writes it; values are (PPL, SDT, attention, MLP, beyond)."""
     found = {}
@@ -160,6 +171,7 @@ def recovery(**runs):
             "attention": attention,
             "mlp": mlp,
             "attention_beyond": beyond,
+            "sparsities": {f"model.layers.0.{kind}_proj": 0.7 for kind in KINDS},
         }
     return {"command": "python benchmarks/pruning.py", "device": "a GPU", "found": found}
 
