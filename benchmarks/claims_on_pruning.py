@@ -166,7 +166,7 @@ def guided(results: Results) -> Claim:
         ),
         rule=(
             "Every guided run to 75 % with recovery against every uniform one of its seed and "
-            "training: holds if perplexity and SDT are lower in every pair, in part if one of them "
+            "training (repair and the sequences that saliencies are seen on may differ): holds if perplexity and SDT are lower in every pair, in part if one of them "
             "is in most."
         ),
         verdict=verdict,

@@ -24,6 +24,8 @@ from divergent_tokens.store import default_cache
 SETTINGS = ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
 """Options that a run's numbers depend on, kept with them."""
 
+N_SALIENCY, RATE = 64, 3e-4
+
 
 def main() -> None:
     arguments = parse()
@@ -73,7 +75,7 @@ def main() -> None:
                 )
 
             seconds = seconds_of(run)
-        name = f"{way}, {sparsity}, seed {seed}"
+        name = ", ".join([f"{way}, {sparsity}, seed {seed}", *unusual(arguments)])
         found[name] = {
             "settings": {key: getattr(arguments, key) for key in SETTINGS},
             "n_sequences": len(sequences_of[seed].ids),
@@ -113,6 +115,16 @@ def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: 
         repair="repair" in more,
         seed=seed,
     )
+
+
+def unusual(arguments: argparse.Namespace) -> list[str]:
+    """In words, what makes a run another than those of the same way."""
+    found = []
+    if arguments.n_saliency != N_SALIENCY:
+        found.append(f"{arguments.n_saliency} sequences")
+    if arguments.lr != RATE:
+        found.append(f"learning rate {arguments.lr:g}")
+    return found
 
 
 def kept(record: dict[str, Any]) -> dict[str, Any]:
@@ -167,8 +179,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--n-sequences", type=int, default=1024)
     parser.add_argument("--train-batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--n-saliency", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--n-saliency", type=int, default=N_SALIENCY)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--lift", action="store_true")
     parser.add_argument("--loss", default="distill")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import runs
@@ -34,8 +34,9 @@ from divergent_tokens.measure.head import find_head
 from divergent_tokens.measure.sequences import Sequences, read_sequences
 from divergent_tokens.models import load_model
 from divergent_tokens.pruning import run as run_module
-from divergent_tokens.pruning.prune import prune
-from divergent_tokens.pruning.run import Run
+from divergent_tokens.pruning.ground import Ground
+from divergent_tokens.pruning.prune import check_folder, prune
+from divergent_tokens.pruning.run import Run, _Held
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import Recovery, Training, hold, schedule
 from divergent_tokens.report.pruning import pruning_markdown
@@ -633,28 +634,47 @@ def test_several_sources_give_as_much_each(base, tmp_path):
 
 
 def test_what_is_reported_on_and_was_seen_is_counted_and_said(base, tmp_path, caplog):
-    prompts = runs.prompts(4, 20)
-    rows = np.random.default_rng(3).integers(4, 200, (9, 40))
-    apart = Sequences(rows.copy(), "apart")
-    rows[5, 11:27] = prompts.prompts[2].ids[3:19]  # sixteen in a row
-    rows[6, :15] = prompts.prompts[1].ids[:15]
-    text = "A text that is seen in the sequences, too, word for word. " * 30
-    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    rows[7] = ids[20:60]
+    prompts = runs.prompts(40, 20)
+    rows = np.random.default_rng(3).integers(4, 200, (30, 40))
+    lines = ["A text that is seen in the sequences word for word.", "Another line, and it is not."]
+    ids = [base.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
     settings = Settings(sparsity=0.5, **{**TINY, "training": Training(steps=0)})
-    records = {}
-    for sequences in (apart, Sequences(rows, "mixed")):
+    text = "\n".join(lines * 30)
+
+    def record(n_seen, settings=settings, prompts=prompts, text=text, name=None):
+        own = rows.copy()
+        for i in range(n_seen):
+            own[i, 3 + i : 19 + i] = prompts.prompts[i].ids[1:17]  # sixteen in a row
+        own[9, :20] = ids[0][:20]
+        own[10, :15] = runs.prompts(40, 20).prompts[39].ids[:15]
+        caplog.clear()
+        place = tmp_path / (name or str(n_seen))
         with caplog.at_level(logging.WARNING, "divergent_tokens.pruning.prune"):
-            records[sequences.source] = prune(
-                base, of(base), sequences, prompts, tmp_path / sequences.source, settings, text=text
-            )
-    assert records["apart"]["data"]["reported"] == {"prompts": 0.0, "text": 0.0}
-    shares = records["mixed"]["data"]["reported"]
-    assert shares["prompts"] == 0.25
-    assert 0 < shares["text"] <= 1
-    assert "25% of the prompts was trained on" in caplog.text
-    assert "25.0% of the prompts stands in these sequences" in pruning_markdown(records["mixed"])
-    assert "stands in these sequences" not in pruning_markdown(records["apart"])
+            return prune(base, of(base), Sequences(own, "m"), prompts, place, settings, text=text)
+
+    found = record(2)
+    assert found["data"]["overlap"] == {"prompts": 0.05, "text": 0.5}
+    assert "of the prompts stand in --data" not in caplog.text  # 5 % and no more
+    assert "50% of the text stands in --data, too, and 5% at most was expected" in caplog.text
+    assert "Of the prompts, 5.00% stand in these sequences" in pruning_markdown(found)
+    found = record(3, text=None)
+    assert found["data"]["overlap"] == {"prompts": 0.075, "text": None}
+    assert "8% of the prompts stand in --data, too, and 5% at most was expected" in caplog.text
+    found = record(0, text=None)
+    assert found["data"]["overlap"]["prompts"] == 0.0
+    assert "stand in these sequences" not in pruning_markdown(found)
+    found = record(0, prompts=runs.prompts(3, 12), text=None, name="short")
+    assert found["data"]["overlap"]["prompts"] is None  # too short to be told
+    unread = replace(settings, criterion="magnitude", allocate="uniform")
+    assert record(3, unread, name="unread")["data"]["overlap"] == {"prompts": None, "text": None}
+    assert not caplog.text
+
+
+def test_turns_without_text_are_no_sequences(base, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello."}]}) + "\n")
+    with pytest.raises(PromptError, match="holds the turns of a chat and no text"):
+        read_sequences(str(path), base, length=16, n_sequences=8)
 
 
 def test_what_the_base_draws_is_kept(base, tmp_path, monkeypatch):
@@ -848,7 +868,7 @@ def test_from_the_command_line(base, tmp_path, dtm):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     neither = dtm(*arguments, "--out", str(tmp_path / "x"))
     assert neither.code == 2
-    assert "give either --sparsity 0.75 or --pattern 2:4" in neither.err
+    assert "expected either a --sparsity such as 0.75" in neither.err
     theirs = dtm(*arguments, "--sparsity", "0.5", "--out", str(tmp_path / "base"))
     assert theirs.code == 2
     assert "holds no pruned model of ours" in theirs.err
@@ -865,10 +885,15 @@ def test_from_the_command_line(base, tmp_path, dtm):
 
 def test_options_that_could_not_act_are_refused(dtm, tmp_path):
     command = ["prune", "nowhere", "--out", str(tmp_path / "out")]
+    every = ["--lr", "1e-3", "--loss", "ce", "--train-batch", "4", "--micro-batch", "2"]
+    every += ["--checkpointing", "--lift"]
+    names = "--lr, --loss, --train-batch, --micro-batch, --lift, --checkpointing"
     for arguments, message in (
-        (["--sparsity", "0.5", "--steps", "0", "--lift", "--lr", "1e-3"], "and --lr, --lift would"),
+        (["--sparsity", "0.5", "--steps", "0", *every], f"and {names} would not act"),
         (["--sparsity", "0.5", "--steps", "0", "--compile"], "and --compile would not act"),
-        (["--sparsity", "0.5", "--rounds", "1", "--lift"], "here is no other; give more --rounds"),
+        (["--sparsity", "0.5", "--rounds", "1", "--lift"], "give two --rounds or more"),
+        (["--sparsity", "0.5", "--steps", "1", "--lift"], "and two --steps, or leave it out"),
+        (["--sparsity", "0.5", "--pattern", "2:4"], "found both"),
         (["--pattern", "2:4", "--lift"], "a pattern is cut at once"),
         (["--pattern", "2:4", "--allocate", "kl"], "so that --allocate kl would not act"),
     ):
@@ -884,6 +909,97 @@ def test_options_that_could_not_act_are_refused(dtm, tmp_path):
 def test_experts_of_a_dense_model_are_none(base, tmp_path):
     with pytest.raises(SchemeError, match="none of the 14 components is an expert's"):
         run(base, tmp_path, granularity="expert")
+    with pytest.raises(SchemeError, match="leave --granularity expert out"):
+        run(base, tmp_path, rounds=1, granularity="expert", pattern=(2, 4))
+
+
+def test_fdt_by_level_is_that_of_the_slow_loop(base, tmp_path, monkeypatch):
+    found = {}
+    by_level = Ground.fdt_by_level
+
+    def kept(ground, model, units, *rest):
+        found["fdt"] = by_level(ground, model, units, *rest)
+        return found["fdt"]
+
+    monkeypatch.setattr(Ground, "fdt_by_level", kept)
+    some = find_components(base.network, include=["*layers.1.*_proj"])[:2]
+    options = {"criterion": "magnitude", "allocate": "fdt", "rounds": 1}
+    settings = Settings(sparsity=0.5, training=Training(steps=0), **TINY, **options)
+    prompts = runs.prompts(4)
+    prune(base, some, Sequences(ROWS, "r"), prompts, tmp_path / "out", settings)
+    for i, component in enumerate(some):
+        for j in (0, 3, 10, 21):
+
+            def cut_to(network, component=component, j=j):
+                weight = weight_of(network, component)
+                weight.mul_(share_mask(weight.abs(), LEVELS[j]))
+
+            candidate = _Held(runs.changed(base, cut_to))
+            slow = compare(base, {"c": candidate}, prompts, new_tokens=TINY["new_tokens"])
+            fdt = slow.candidates[0].metrics.to_json()["fdt"]["value"]
+            assert found["fdt"][i, j] == pytest.approx(fdt), (component.name, LEVELS[j])
+
+
+def test_a_pattern_on_top_of_zeros_counts_them(base, tmp_path):
+    with torch.no_grad():
+        own = weight_of(base.network, of(base)[0])
+        own[:, :3] = 0.0  # three of the first four in each row
+    record = run(base, tmp_path, rounds=1, pattern=(2, 4))
+    assert record["components"][0]["n_zero"] > own.numel() / 2
+    total = sum(c["n_zero"] for c in record["components"])
+    share = total / sum(c["n_parameters"] for c in record["components"])
+    assert record["rounds"][0]["sparsity"] == pytest.approx(share)
+    assert " pruned to 2:4 by fisher; reported" in pruning_markdown(record)
+
+
+def test_more_than_was_asked_for_is_said(base, tmp_path):
+    with torch.no_grad():
+        weight_of(base.network, of(base)[0]).zero_()
+    record = run(base, tmp_path, rounds=1, steps=0, criterion="magnitude", allocate="uniform")
+    assert record["rounds"][0]["sparsity"] > 0.51
+    assert "of the weights are zero where 50.0% were asked for" in pruning_markdown(record)
+
+
+@pytest.mark.parametrize("granularity", ["component", "rows"])
+def test_heads_and_rows_allot_by_kl_if_nothing_is_said(dtm, monkeypatch, tmp_path, granularity):
+    asked = []
+
+    def settings(**given):
+        asked.append(given)
+        raise DivergentTokensError("enough")
+
+    monkeypatch.setattr("divergent_tokens.pruning.settings.Settings", settings)
+    out = ["--out", str(tmp_path / "out")]
+    dtm("prune", "nowhere", *out, "--sparsity", "0.5", "--granularity", granularity)
+    assert asked[0]["allocate"] == {"component": "global", "rows": "kl"}[granularity]
+
+
+def test_a_disk_that_is_full_is_said(base, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("divergent_tokens.pruning.kept_rounds.save_file", full)
+    with pytest.raises(RecordError, match=r"could not write .*No space left .* Free some room"):
+        run(base, tmp_path)
+
+
+def test_folders_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(RecordError, match="no pruned model of ours"):
+        check_folder(Path("/"), overwrite=False)
+    with pytest.raises(RecordError, match="File name too long"):
+        check_folder(tmp_path / ("a" * 300), overwrite=False)
+
+
+def test_rounds_with_other_tensors_are_damaged(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_round(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path, rounds=3)
+    (file,) = (tmp_path / "out.rounds").glob("round-*.safetensors")
+    base.network.save_pretrained(tmp_path / "other")
+    file.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(RecordError, match="is damaged, and no round can be read"):
+        run(base, tmp_path, rounds=3)
 
 
 def test_a_damaged_record_is_no_pruned_model(base, tmp_path):
@@ -906,10 +1022,16 @@ def test_a_damaged_record_is_no_pruned_model(base, tmp_path):
 
 def test_a_share_of_some_matrices_is_called_one(base, tmp_path):
     some = find_components(base.network, include=["*q_proj"])
-    settings = Settings(sparsity=0.5, **{**TINY, "training": Training(steps=0)})
-    record = prune(base, some, Sequences(ROWS, "r"), runs.prompts(2), tmp_path / "out", settings)
-    assert record["n_whole"] == 12
-    assert "of the 2 matrices that were chosen; 12 others stay" in pruning_markdown(record)
+    settings = Settings(sparsity=0.5, rounds=1, training=Training(steps=1), **TINY)
+    found = []
+    for components, name in ((some, "some"), (of(base), "every")):
+        place = tmp_path / name
+        data = Sequences(ROWS, "r")
+        found.append(prune(base, components, data, runs.prompts(2), place, settings))
+    assert [record["n_not_pruned"] for record in found] == [12, 0]
+    said = [pruning_markdown(record) for record in found]
+    assert "of the 2 matrices that were chosen; 12 others of the layers were not pruned" in said[0]
+    assert "that were chosen" not in said[1]
 
 
 def test_an_interrupt_says_which_rounds_are_kept(base, tmp_path):
@@ -922,13 +1044,17 @@ def test_an_interrupt_says_which_rounds_are_kept(base, tmp_path):
     command += ["--n-sequences", "20", "--prompts", "data.txt", "--n-prompts", "3", "--prefix", "8"]
     command += ["--new-tokens", "4", "--device", "cpu", "--out", "out", "--cache", "cache"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 300
     while process.poll() is None and not list(tmp_path.glob("out.rounds/round-2*")):
+        assert time.monotonic() < end
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130, said
-    assert re.search(
-        r"; \d+ of 400 rounds are kept in out\.rounds: run the same command to go on$", said
+    folder = tmp_path / "out.rounds"
+    n = len(json.loads((folder / "run.json").read_text())["records"])
+    assert said.endswith(
+        f"; {n} of 400 rounds are kept in {folder}: run the same command to go on\n"
     )
 
 

@@ -74,7 +74,10 @@ def cut(
             yield value if before is None else value.masked_fill(~before.masks[i], _FIRST_TO_GO)
 
     if pattern is not None:
-        return Cut(tuple(n_of_m_mask(value, *pattern) for value in values()))
+        every = [n_of_m_mask(value, *pattern) for value in values()]
+        # Where more are gone already than the pattern wants, some of them would stay.
+        old = every if before is None else before.masks
+        return Cut(tuple(new & there for new, there in zip(every, old, strict=True)))
     if allocate == "global":
         n_weights = sum(value.numel() for value in saliencies.values)
         return _by_one_threshold(lambda: map(_ordered, values()), round(sparsity * n_weights))

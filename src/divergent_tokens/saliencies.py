@@ -72,6 +72,15 @@ def check_components(
         check_experts(network, components)
 
 
+def check_whole(model: Model) -> None:
+    """Raise ModelError for a model whose weights are not all on their devices."""
+    if is_offloaded(model.network):
+        raise ModelError(
+            f"layers of {model.reference} wait outside {model.device}, where weights are not "
+            "pruned; load the model whole: another --device, or a smaller model"
+        )
+
+
 @torch.no_grad()
 def find_saliencies(
     model: Model,
@@ -92,15 +101,11 @@ def find_saliencies(
     `units`: whole components if left out. `by_rows`: harm is of letting the least of each row of a
     unit go. `with_harm` costs backward passes for every criterion; with a `teacher`, from which the
     model has moved, the slope of KL(teacher ‖ model) is part of it. Memory: one float32 copy of the
-    weights, whatever the criterion, and single matrices beside it.
+    weights, a byte of each for harm, and single matrices beside it.
     """
     check_components(model.network, components, criterion, sees_inputs=with_harm)
     units = whole(components) if units is None else tuple(units)
-    if is_offloaded(model.network):
-        raise ModelError(
-            f"layers of {model.reference} wait outside {model.device}, where weights are not "
-            "pruned; load the model whole: another --device, or a smaller model"
-        )
+    check_whole(model)
     rng = np.random.default_rng(seed)
     n = min(n_sequences, len(sequences.ids))
     ids = torch.from_numpy(sequences.ids[rng.permutation(len(sequences.ids))[:n]])
@@ -233,8 +238,8 @@ def _harm(
     own: list[list[int]] = [[] for _ in components]
     for u, unit in enumerate(units):
         own[unit.owner].append(u)
-    places = [
-        _places(value, [units[u] for u in which], by_rows)
+    levels = [
+        _levels_by_unit(value, [units[u] for u in which], by_rows)
         for value, which in zip(values, own, strict=True)
     ]
     n_tokens = len(ids) * (ids.shape[1] - 1)
@@ -245,8 +250,10 @@ def _harm(
         products = (gradients * weight_of(model.network, components[i]).float()).flatten(1)
         shape = (len(products), len(own[i]), len(LEVELS) + 1)
         sums = products.new_zeros(shape, dtype=torch.float64).flatten(1)
-        index = places[i].flatten().long().expand(len(products), -1)
-        sums.scatter_add_(1, index, products.double())
+        places = levels[i].long()
+        for place, u in enumerate(own[i]):
+            units[u].of(places).add_(place * (len(LEVELS) + 1))
+        sums.scatter_add_(1, places.flatten().expand(len(products), -1), products.double())
         return -sums.view(shape)[..., :-1].cumsum(-1)
 
     def add_squares(i: int, gradients: Tensor) -> None:
@@ -264,12 +271,11 @@ def _harm(
     return found, seen
 
 
-def _places(saliency: Tensor, units: Sequence[Unit], by_rows: bool) -> Tensor:
-    """Where each weight's product is added up: by unit, then by stretch. int32 [out, in]"""
-    found = torch.empty_like(saliency, dtype=torch.int32)
-    for place, unit in enumerate(units):
-        levels = levels_of(unit.of(saliency), by_rows)
-        unit.of(found).copy_(levels.int() + place * (len(LEVELS) + 1))
+def _levels_by_unit(saliency: Tensor, units: Sequence[Unit], by_rows: bool) -> Tensor:
+    """`levels_of` each of these units of a component. uint8 [out, in]"""
+    found = torch.empty_like(saliency, dtype=torch.uint8)
+    for unit in units:
+        unit.of(found).copy_(levels_of(unit.of(saliency), by_rows))
     return found
 
 

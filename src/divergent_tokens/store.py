@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike, NDArray
+from safetensors import SafetensorError
 
 from divergent_tokens.errors import RecordError
 
@@ -205,4 +206,9 @@ def clear_disk_errors(target: Path) -> Iterator[None]:
         raise RecordError(
             f"could not write {target}: {error.strerror or error}; nothing was left half written. "
             + ("Free some room or choose another place" if full else "Choose another place")
+        ) from error
+    except SafetensorError as error:  # what it makes of a full disk
+        raise RecordError(
+            f"could not write {target}: {error}; nothing was left half written. Free some room or "
+            "choose another place"
         ) from error

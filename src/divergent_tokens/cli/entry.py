@@ -18,7 +18,7 @@ from divergent_tokens.cli.pilot import pilot
 from divergent_tokens.cli.prune import prune
 from divergent_tokens.cli.report import report
 from divergent_tokens.cli.search import search
-from divergent_tokens.cli.signals import kept, leave_at_once, on_signals, received, stopped_by
+from divergent_tokens.cli.signals import leave_at_once, on_signals, received, remarks, stopped_by
 from divergent_tokens.cli.sweep import sweep
 from divergent_tokens.cli.verify import verify
 from divergent_tokens.errors import DivergentTokensError
@@ -75,7 +75,7 @@ for command in COMMANDS:
 def main() -> None:
     """Run `dtm`; every foreseen problem is one message and an exit code."""
     received.clear()
-    kept.clear()
+    remarks.clear()
     on_signals(leave_at_once)
     try:
         code = _run()

@@ -29,7 +29,7 @@ from divergent_tokens.cli.options import (
     given,
 )
 from divergent_tokens.cli.output import print_record, progress_bar
-from divergent_tokens.cli.signals import kept, on_signals, tidy_up
+from divergent_tokens.cli.signals import on_signals, remarks, tidy_up
 from divergent_tokens.errors import DivergentTokensError
 
 
@@ -133,12 +133,12 @@ def prune(
         typer.Option(
             metavar="SOURCE",
             help="Text to train on, and to see what matters: self, builtin, a file, hf:DATASET; "
-            "given more than once, as much of each.  [default: self]",
+            "given more than once, as much of each, as far as it goes.  [default: self]",
             show_default=False,
         ),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")] = 256,
-    n_sequences: Annotated[int, typer.Option(min=1, help="Training sequences at most.")] = 1024,
+    n_sequences: Annotated[int, typer.Option(min=8, help="Training sequences at most.")] = 1024,
     train_batch: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 16,
     micro_batch: Annotated[
         int | None,
@@ -210,7 +210,10 @@ def prune(
     moment and run again, it goes on after the last finished round.
     """
     if (sparsity is None) == (pattern is None):
-        raise DivergentTokensError("give either --sparsity 0.75 or --pattern 2:4")
+        found = "neither" if sparsity is None else "both"
+        raise DivergentTokensError(
+            f"expected either a --sparsity such as 0.75 or a --pattern such as 2:4, found {found}"
+        )
     _check_acts(context)
 
     from divergent_tokens.compress.components import find_components
@@ -229,8 +232,8 @@ def prune(
     on_signals(tidy_up)
     check_folder(out.resolve(), overwrite=overwrite)
     n_of_m = parse_pattern(pattern) if pattern else None
-    whole = granularity in (Granularity.component, Granularity.expert) or n_of_m
-    by_default = Allocate.threshold if criterion is Criterion.fisher and whole else Allocate.kl
+    finer = granularity in (Granularity.head, Granularity.rows) and not n_of_m
+    by_default = Allocate.threshold if criterion is Criterion.fisher and not finer else Allocate.kl
     settings = Settings(
         sparsity=1 - n_of_m[0] / n_of_m[1] if n_of_m else float(sparsity or 0),
         rounds=rounds or (10 if steps and not n_of_m else 1),
@@ -255,7 +258,7 @@ def prune(
     plan_file = read_plan(plan) if plan else None
     given_text = read_text(text) if text else None
     cache = cache or default_cache()
-    with progress_bar(quiet) as progress:
+    with _saying_what_is_kept(out, settings.rounds), progress_bar(quiet) as progress:
         model = load_base(
             base,
             progress,
@@ -287,24 +290,23 @@ def prune(
             cache=cache,
             progress=progress,
         )
-        with _saying_what_is_kept(out, settings.rounds):
-            record = prune_in_rounds(
-                model,
-                components,
-                sequences,
-                prompt_set,
-                out,
-                settings,
-                plan=plan_file,
-                text=given_text,
-                devices=training_devices(model.network) if device == "auto" else (),
-                batch_size=batch_size,
-                compiled=compiled,
-                overwrite=overwrite,
-                cache=cache,
-                progress=progress,
-                command=["dtm", *sys.argv[1:]],
-            )
+        record = prune_in_rounds(
+            model,
+            components,
+            sequences,
+            prompt_set,
+            out,
+            settings,
+            plan=plan_file,
+            text=given_text,
+            devices=training_devices(model.network) if device == "auto" else (),
+            batch_size=batch_size,
+            compiled=compiled,
+            overwrite=overwrite,
+            cache=cache,
+            progress=progress,
+            command=["dtm", *sys.argv[1:]],
+        )
     _print({**record, "folder": str(out)}, format)
 
 
@@ -316,11 +318,10 @@ def _saying_what_is_kept(out: Path, rounds: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        n = finished_rounds(out.resolve())
+        n, folder = finished_rounds(out.resolve()), rounds_folder(out.resolve())
         if n:
-            kept.append(
-                f"{n} of {rounds} rounds are kept in {rounds_folder(out)}: run the same command to "
-                "go on"
+            remarks.append(
+                f"{n} of {rounds} rounds are kept in {folder}: run the same command to go on"
             )
         raise
 
@@ -337,10 +338,10 @@ def _check_acts(context: typer.Context) -> None:
             "of training, or give --steps"
         )
     pattern, allocate = asked["pattern"], asked["allocate"]
-    if asked["lift"] and (asked["rounds"] == 1 or pattern):
+    if asked["lift"] and (asked["rounds"] == 1 or asked["steps"] == 1 or pattern):
         raise DivergentTokensError(
-            "--lift lets zeros go before each cut but the first, and here is no other; give more "
-            "--rounds (a pattern is cut at once), or leave --lift out"
+            "--lift lets zeros go for half of the steps before each cut but the first; give two "
+            "--rounds or more (a pattern is cut at once) and two --steps, or leave it out"
         )
     if pattern and allocate not in (None, Allocate.uniform):
         raise DivergentTokensError(

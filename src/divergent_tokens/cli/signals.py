@@ -9,7 +9,7 @@ from divergent_tokens.cli.output import BY_SIGNAL, say
 
 received: list[int] = []
 """The signals that came since `main` began."""
-kept: list[str] = []
+remarks: list[str] = []
 """What else is to be said of an interrupted command."""
 
 
@@ -40,4 +40,4 @@ def tidy_up(number: int, _frame: object) -> None:
 def stopped_by(number: int) -> str:
     """What is said of a command that a signal ended."""
     word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    return "; ".join((word, "nothing was left half written", *kept))
+    return "; ".join((word, "nothing was left half written", *remarks))

@@ -45,7 +45,14 @@ _OURS = (
     *("merges.txt", "vocab.txt", "LICENSE*", "NOTICE*"),
 )
 """Names in a checkpoint that may be replaced."""
-_NOT_COPIED = ("config.json", "*.index.json", PLAN, "adapter_*", "*_loading_report*")
+_NOT_COPIED = (
+    "config.json",
+    "*.index.json",
+    PLAN,
+    "pruning.json",
+    "adapter_*",
+    "*_loading_report*",
+)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def find_components(
 
 
 def count_matrices(network: PreTrainedModel) -> int:
-    """How many weight matrices the layers have; those that cannot be read are counted, too."""
+    """Weight matrices of the layers, routers apart; those that cannot be read are counted, too."""
     return sum(1 for _ in _weights(network))
 
 

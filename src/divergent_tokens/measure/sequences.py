@@ -108,6 +108,11 @@ def _cut(
     """[sequence, token]"""
     ids: list[int] = []
     for document in documents:
+        if document.messages and not document.text:
+            raise PromptError(
+                "a document holds the turns of a chat and no text, and sequences are cut of text; "
+                "name the field that holds it with --text-field, or give other --data"
+            )
         ids += model.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += model.eos_ids[:1]
         if len(ids) >= n_sequences * length:

@@ -114,12 +114,12 @@ class Ground:
         self,
         model: Model,
         units: Sequence[Unit],
-        levels_of: Callable[[Unit], Tensor],
+        find_levels: Callable[[Unit], Tensor],
         progress: Progress,
     ) -> NDArray[np.float64]:
         """FDT with one unit cut, everything else as it is now. [unit, level]
 
-        `levels_of`: the number of the level at which each weight of a unit goes.
+        `find_levels`: the number of the level at which each weight of a unit goes.
         """
         runs = LayerRuns(
             model, find_head(model.network), self.completions, batch_size=self.batch_size
@@ -128,7 +128,7 @@ class Ground:
         found = np.zeros((len(units), len(LEVELS)))
         order = sorted(range(len(units)), key=lambda i: units[i].component.layer or 0)
         for done, i in enumerate(order):
-            component, levels = units[i].component, levels_of(units[i])
+            component, levels = units[i].component, find_levels(units[i])
             layer = component.layer
             assert layer is not None
             runs.go_to(layer)

@@ -83,14 +83,16 @@ class KeptRounds:
         except (OSError, SafetensorError) as error:
             raise self._damaged() from error
         network = run.model.network
+        masks = [f"mask.{c.name}" for c in run.components]
+        weights = {f"weight.{name}": own for name, own in network.named_parameters()}
+        if not {*masks, *weights} <= set(tensors):
+            raise self._damaged()
         with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(tensors[f"weight.{name}"])
+            for name, parameter in weights.items():
+                parameter.copy_(tensors[name])
+        places = [weight_of(network, c).device for c in run.components]
         run.cut = Cut(
-            tuple(
-                tensors[f"mask.{c.name}"].bool().to(weight_of(network, c).device)
-                for c in run.components
-            )
+            tuple(tensors[m].bool().to(place) for m, place in zip(masks, places, strict=True))
         )
         run.set_masks()
         if run.recovery is not None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from divergent_tokens.compress.plan_file import PlanFile, check_base, write_plan
 from divergent_tokens.compress.prune import check_pattern
 from divergent_tokens.errors import RecordError, SchemeError
 from divergent_tokens.measure.comparison import versions
-from divergent_tokens.measure.overlap import share_seen
+from divergent_tokens.measure.overlap import overlap
 from divergent_tokens.measure.progress import Progress, silent
 from divergent_tokens.measure.prompts import PromptSet
 from divergent_tokens.measure.sequences import Sequences
@@ -34,7 +34,7 @@ from divergent_tokens.pruning.kept_rounds import KeptRounds, rounds_folder
 from divergent_tokens.pruning.run import Run
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.quiet import quietly
-from divergent_tokens.saliencies import check_components
+from divergent_tokens.saliencies import check_components, check_whole
 from divergent_tokens.store import clear_disk_errors, replacing_folder, write_text
 
 SCHEMA = "divergent-tokens/pruning/1"
@@ -45,9 +45,9 @@ WRITTEN = (
 )
 """Patterns of what a pruned model's folder holds: weights, tokenizer, code and records."""
 PIECE = 64
-"""Tokens of the text that are looked for among the sequences at once."""
-TOO_MANY = 0.05
-"""A greater share of prompts or of the text that was seen before is said."""
+"""Tokens of a line that are looked for among the sequences at once."""
+TOO_MUCH = 0.05
+"""A greater share of prompts or text that is trained on is warned of."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def prune(
     everything else is done on the first, the base's own. Training runs compiled where that pays, or
     `compiled` asks for it.
 
-    Prompts and text that stand in the sequences are counted (`data.reported`), and a warning is
+    Prompts and text that stand in the sequences are counted (`data.overlap`), and a warning is
     logged where they are many.
 
     Raises RecordError where `out` holds anything, unless it is a pruned model and to be
@@ -92,12 +92,13 @@ def prune(
     check_folder(out, overwrite=overwrite)
     if Path(base.reference).is_dir() and out == Path(base.reference).resolve():
         raise RecordError(f"{out} is the base itself; write to another folder")
+    check_whole(base)
     _check_components(base, components, settings)
     served = None if plan is None else _checked(plan, base)
     key = _key(base, components, sequences, prompts, settings, plan, text)
     kept = KeptRounds(rounds_folder(out), key)
     kept.check()
-    seen = _seen_before(base, sequences, prompts, text)
+    shared = _overlap(base, sequences, prompts, text, settings)
     network = copy.deepcopy(base.network)
     model = replace(base, network=network, reference=f"{base.reference} (pruned)")
     run = Run(model, base, components, sequences, settings, devices, progress, compiled)
@@ -113,13 +114,13 @@ def prune(
         "schema": SCHEMA,
         "versions": versions(),
         "command": list(command),
-        **_asked(base, sequences, prompts, settings, seen),
+        **_asked(base, sequences, prompts, settings, shared),
         "trained_on": [str(device) for device in devices or (base.device,)],
         "base_ppl": ground.base_ppl,
         "plan": None if plan is None else {"digest": plan.digest, "size_bytes": plan.size_bytes},
         "rounds": records,
         "components": run.components_json(),
-        "n_whole": count_matrices(base.network) - sum(c.layer is not None for c in components),
+        "n_not_pruned": count_matrices(base.network) - len(components),
         **run.final_metrics(prompts, text, batch_size, cache),
     }
     _write(out, model, record, plan)
@@ -132,7 +133,7 @@ def _asked(
     sequences: Sequences,
     prompts: PromptSet,
     settings: Settings,
-    seen: dict[str, float | None],
+    shared: dict[str, float | None],
 ) -> dict[str, Any]:
     """What was pruned, how, and on what."""
     return {
@@ -149,7 +150,7 @@ def _asked(
             "n_sequences": len(sequences.ids),
             "length": int(sequences.ids.shape[1]),
             "n_saliency": min(settings.n_saliency, len(sequences.ids)),
-            "reported": seen,
+            "overlap": shared,
         },
         "prompts": {
             "source": prompts.source,
@@ -162,35 +163,41 @@ def _asked(
     }
 
 
-def _seen_before(
-    base: Model, sequences: Sequences, prompts: PromptSet, text: str | None
+def _overlap(
+    base: Model, sequences: Sequences, prompts: PromptSet, text: str | None, settings: Settings
 ) -> dict[str, float | None]:
-    """Shares of the prompts and of the text that stand in the sequences too."""
-    found: dict[str, float | None] = {
-        "prompts": share_seen(sequences.ids, [prompt.ids for prompt in prompts.prompts]),
-        "text": None,
-    }
-    if text is not None:
-        ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
-        found["text"] = share_seen(sequences.ids, pieces)
+    """Shares of the prompts, and of the text line by line, that stand in the sequences too."""
+    found: dict[str, float | None] = {"prompts": None, "text": None}
+    if settings.reads_sequences:
+        found["prompts"] = overlap(sequences.ids, [prompt.ids for prompt in prompts.prompts])
+        found["text"] = overlap(sequences.ids, list(_pieces(base, text or "")))
     for name, share in found.items():
-        if share is not None and share > TOO_MANY:
+        if share is not None and share > TOO_MUCH:
             _log.warning(
-                "%s of the %s was trained on or chose the zeros, so that results will look too "
+                "%s of the %s in --data, too, and %s at most was expected: results will look too "
                 "good; give --data another source",
                 f"{share:.0%}",
-                name,
+                {"prompts": "prompts stand", "text": "text stands"}[name],
+                f"{TOO_MUCH:.0%}",
             )
     return found
 
 
+def _pieces(base: Model, text: str) -> Iterator[list[int]]:
+    """Token ids of the text's lines, which are documents in `--data`; long lines in parts."""
+    for line in text.splitlines():
+        ids = base.tokenizer(line.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (ids[i : i + PIECE] for i in range(0, len(ids), PIECE))
+
+
 def check_folder(out: Path, *, overwrite: bool) -> None:
     """RecordError where something would be replaced that this did not write, or nobody asked."""
-    above = next(parent for parent in out.parents if parent.exists())
+    with clear_disk_errors(out):  # such as a name that is too long
+        is_there = out.exists()
+    above = next(place for place in (*out.parents, out) if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise RecordError(f"{out} cannot be written, since {above} is no folder that can be")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not is_there or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_ours(out / RECORD):
         raise RecordError(f"{out} exists and holds no pruned model of ours; name another folder")

@@ -126,9 +126,9 @@ class Run:
         try:
             return self.recovery.run(steps, masks, name=name, progress=self._progress)
         except NotFiniteError as error:
+            kept = "what was kept of the rounds before is kept still: " if number else ""
             raise DivergentTokensError(
-                f"round {number + 1}: {error}; what was kept of the rounds before is kept "
-                "still: run again with a smaller --lr"
+                f"round {number + 1}: {error}; {kept}run again with a smaller --lr"
             ) from error
 
     def _cut_to(self, target: float, number: int) -> None:

@@ -93,10 +93,25 @@ class Settings:
                 f"{what} gives nothing a sparsity of its own; leave --granularity "
                 f"{self.granularity} out, or {instead}"
             )
+        if self.granularity == "expert" and self.pattern is not None:
+            raise SchemeError(
+                "a pattern gives nothing a sparsity of its own; leave --granularity expert out, or "
+                "give --sparsity"
+            )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
         if self.criterion == "sparsegpt":
             check_llm_compressor("--criterion sparsegpt", "--criterion wanda")
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether zeros or weights hang on the sequences at all."""
+        return (
+            self.training.steps > 0
+            or self.criterion != "magnitude"
+            or self.allocate == "kl"
+            or self.repair
+        )
 
     @property
     def saliency(self) -> Criterion:

@@ -15,6 +15,8 @@ from divergent_tokens.report.tables import (
     text_page,
 )
 
+MORE = 0.01
+"""So much more than was asked for is said."""
 BEYOND = 0.9
 """The paper counts attention matrices that end sparser than this."""
 
@@ -36,11 +38,11 @@ def title(record: Record) -> str:
     settings = record["settings"]
     pattern = settings["pattern"]
     how = f"{pattern[0]}:{pattern[1]}" if pattern else percent(settings["sparsity"])
-    prompts = on_prompts(record["prompts"], record["prompts"]["new_tokens"])
-    return (
-        f"{record['base']['reference']} pruned to {how} by {settings['criterion']}, "
-        f"{settings['allocate']}; reported {prompts}"
+    criterion = (
+        settings["criterion"] if pattern else f"{settings['criterion']}, {settings['allocate']}"
     )
+    prompts = on_prompts(record["prompts"], record["prompts"]["new_tokens"])
+    return f"{record['base']['reference']} pruned to {how} by {criterion}; reported {prompts}"
 
 
 def sections(record: Record) -> Iterator[Section]:
@@ -103,11 +105,11 @@ def _seen(record: Record) -> str:
     return f"Trained on {trained_on} {where}, and seen on {n} of them in each round"
 
 
-def _seen_before(record: Record) -> Iterator[str]:
-    for name, share in record["data"].get("reported", {}).items():
+def _overlap(record: Record) -> Iterator[str]:
+    for name, share in record["data"].get("overlap", {}).items():
         if share:
             yield (
-                f"{percent(share)} of the {name} stands in these sequences: the more, the better "
+                f"Of the {name}, {percent(share)} stand in these sequences: the more, the better "
                 "results look than they are."
             )
 
@@ -121,14 +123,21 @@ def notes(record: Record) -> Iterator[str]:
             "Rounds are measured under the plan; plan.json in the folder is the same plan for what "
             "was written: dtm compress packs both."
         )
-    whole = record.get("n_whole")
-    if whole:
+    last = record["rounds"][-1]
+    if last["sparsity"] > last["target"] + MORE:
         yield (
-            f"The share is of the {len(record['components'])} matrices that were chosen; {whole} "
-            "others stay as they were."
+            f"{percent(last['sparsity'])} of the weights are zero where {percent(last['target'])} "
+            "were asked for: what was zero before stays zero, and some matrices had more than "
+            "their share."
+        )
+    others = record.get("n_not_pruned")
+    if others:
+        yield (
+            f"The share is of the {len(record['components'])} matrices that were chosen; {others} "
+            "others of the layers were not pruned."
         )
     yield f"{_seen(record)}; keep the prompts and the text apart from them."
-    yield from _seen_before(record)
+    yield from _overlap(record)
     left = [str(one["round"]) for one in record["rounds"] if one.get("repaired") is False]
     if left:
         yield (
