@@ -166,8 +166,8 @@ def guided(results: Results) -> Claim:
         ),
         rule=(
             "Every guided run to 75 % with recovery against every uniform one of its seed and "
-            "training (repair and the sequences that saliencies are seen on may differ): holds if perplexity and SDT are lower in every pair, in part if one of them "
-            "is in most."
+            "training (repair and the sequences that saliencies are seen on may differ): holds if "
+            "perplexity and SDT are lower in every pair, in part if one of them is in most."
         ),
         verdict=verdict,
         found=tuple(found),
