@@ -84,19 +84,15 @@ class Settings:
                 "sparsegpt cuts a matrix as a whole; leave --granularity out, or take --criterion "
                 "wanda with --repair"
             )
-        if self.granularity in ("head", "rows") and (
-            self.allocate == "global" or self.pattern is not None
+        finer = self.granularity in ("head", "rows")
+        if (finer and self.allocate == "global") or (
+            self.granularity != "component" and self.pattern is not None
         ):
             what = "a pattern" if self.pattern is not None else "--allocate global"
             instead = "give --sparsity" if self.pattern is not None else "take --allocate kl"
             raise SchemeError(
                 f"{what} gives nothing a sparsity of its own; leave --granularity "
                 f"{self.granularity} out, or {instead}"
-            )
-        if self.granularity == "expert" and self.pattern is not None:
-            raise SchemeError(
-                "a pattern gives nothing a sparsity of its own; leave --granularity expert out, or "
-                "give --sparsity"
             )
         if self.pattern is not None and self.rounds > 1:
             raise SchemeError("a pattern such as 2:4 is cut at once; give --rounds 1")
