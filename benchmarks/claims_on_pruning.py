@@ -141,6 +141,7 @@ def guided(results: Results) -> Claim:
         "wanda/kl",
         "fisher/global",
         "fisher/global/repair",
+        "fisher/global/correct3",
     )
     series = []
     for way in shown:
@@ -156,7 +157,8 @@ def guided(results: Results) -> Claim:
         "In one shot at 50 %, without training: magnitude has a perplexity of "
         f"{number(half[shown[0]])} uniform and {number(half[shown[1]])} guided by KL, Wanda "
         f"{number(half[shown[2]])} and {number(half[shown[3]])}, Fisher with one threshold "
-        f"{number(half[shown[4]])} and with repair {number(half[shown[5]])}."
+        f"{number(half[shown[4]])}, with repair {number(half[shown[5]])}, corrected "
+        f"{number(half[shown[6]])}."
     )
     return Claim(
         title="Guided beats uniform at 75 %",

@@ -24,6 +24,9 @@ from divergent_tokens.store import default_cache
 SETTINGS = ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency")
 """Options that a run's numbers depend on, kept with them."""
 
+KEPT = ("sparsity", "loss", "before", "after", "repaired", "corrected_from")
+"""Of each round."""
+
 N_SALIENCY, RATE = 64, 3e-4
 
 
@@ -96,7 +99,7 @@ def main() -> None:
 
 
 def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: int) -> Settings:
-    """`way` is a criterion and an allocation, and `repair` if wanted."""
+    """`way` is a criterion and an allocation, and `repair` or `correct3` if wanted."""
     criterion, allocate, *more = way.split("/")
     return Settings(
         sparsity=sparsity,
@@ -113,6 +116,7 @@ def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: 
         ),
         n_saliency=arguments.n_saliency,
         repair="repair" in more,
+        corrections=sum(int(one[len("correct") :]) for one in more if one.startswith("correct")),
         seed=seed,
     )
 
@@ -142,10 +146,7 @@ def kept(record: dict[str, Any]) -> dict[str, Any]:
         "sparsity": last["sparsity"],
         "compiled": last["compiled"],
         "metrics": metrics,
-        "rounds": [
-            {key: one[key] for key in ("sparsity", "loss", "before", "after", "repaired")}
-            for one in record["rounds"]
-        ],
+        "rounds": [{key: one[key] for key in KEPT} for one in record["rounds"]],
         "attention": sum(attention) / len(attention),
         "mlp": sum(others) / len(others),
         "attention_beyond": sum(share > 0.9 for share in attention) / len(attention),

@@ -24,7 +24,7 @@ FLOORS = [
     {"fingerprints", "layers", "compiled", "offload", "models", *MODEL_FILES},
     {"measure", "compress"},
     {"watched"},
-    {"backward", "gradients", "labels", "saliencies"},
+    {"attributions", "backward", "gradients", "labels", "saliencies"},
     {"calibrated"},
     {"candidates", "conditions", "tasks", "task_files", "task_samples"},
     {"layerwise", "sensitivities"},

@@ -117,6 +117,14 @@ def prune(
             "--repair", help="Move what stays of a matrix, so that its outputs change least."
         ),
     ] = False,
+    correct: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Times that the cut of --allocate global is looked at as a whole, and corrected "
+            "by what it costs each matrix: 3 where there is little or no training.",
+        ),
+    ] = 0,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -243,6 +251,7 @@ def prune(
         n_saliency=n_saliency,
         granularity=granularity.value,
         repair=repair,
+        corrections=correct,
         training=Training(
             steps=steps,
             batch_size=train_batch,

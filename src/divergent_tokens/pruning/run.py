@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from divergent_tokens.allocation import MEASURED, Cut, cut, spared
+from divergent_tokens.attributions import N_SEQUENCES, costs_of, scales
 from divergent_tokens.compress.calibration import (
     Calibration,
     in_blocks,
@@ -32,7 +33,7 @@ from divergent_tokens.models import Model
 from divergent_tokens.pruning.ground import Ground
 from divergent_tokens.pruning.settings import Settings
 from divergent_tokens.recover import NotFiniteError, Recovery, hold, mean_kl, schedule
-from divergent_tokens.saliencies import find_saliencies, levels_of
+from divergent_tokens.saliencies import Saliencies, find_saliencies, levels_of
 
 TOGETHER_BYTES = 256 * 2**20
 """Of one of the arrays that a repair works on; more are repaired one after the other."""
@@ -72,6 +73,8 @@ class Run:
         """Of parameters as they are stored."""
         self.repaired: bool | None = None
         """Whether the last repair was kept; None where none was made."""
+        self._seen_costs: list[float] = []
+        """KL in nats per token that the last cut was found to cost, before each correction."""
         self.recovery: Recovery | None = None
         if settings.training.steps:
             self.recovery = Recovery(
@@ -113,6 +116,7 @@ class Run:
             "after": after,
             "unseen": list(self._unseen),
             "repaired": self.repaired,
+            "corrected_from": self._seen_costs,
             "sparsities": {
                 c.name: share for c, share in zip(self.components, self.cut.sparsities, strict=True)
             },
@@ -167,7 +171,7 @@ class Run:
                 return levels_of(unit.of(found.values[unit.owner]), settings.by_rows)
 
             fdt = self._ground.fdt_by_level(model, self._units, levels, self._progress)
-        return cut(
+        new = cut(
             found,
             settings.allocate,
             target,
@@ -176,6 +180,35 @@ class Run:
             before=self.cut,
             fdt=fdt,
         )
+        return self._corrected(model, found, new, target, number)
+
+    @torch.no_grad()
+    def _corrected(
+        self, model: Model, found: Saliencies, new: Cut, target: float, number: int
+    ) -> Cut:
+        """Looked at as a whole, so often as is asked; the saliencies are scaled on the way."""
+        scale = np.ones(len(self.components))
+        self._seen_costs = []
+        for look in range(self.settings.corrections):
+            gone = [~mask for mask in new.masks]
+            if self.cut is not None:
+                gone = [own & old for own, old in zip(gone, self.cut.masks, strict=True)]
+            told = [float(v[own].sum()) for v, own in zip(found.values, gone, strict=True)]
+            rng = np.random.default_rng([self.settings.seed, number, look])
+            rows = rng.permutation(len(self.sequences.ids))[:N_SEQUENCES]
+            ids = torch.from_numpy(self.sequences.ids[rows])
+            costs = costs_of(model, self.components, gone, self.base, ids)
+            self._seen_costs.append(float(np.nansum(costs)))
+            step = scales(costs, np.array(told), scale) / scale
+            if look:  # halfway, or what is spared now would be the first to go next
+                step **= 0.5
+            scale *= step
+            for value, factor in zip(found.values, step, strict=True):
+                value.mul_(float(factor))
+            new = cut(found, self.settings.allocate, target, before=self.cut)
+            name = f"corrections, round {number + 1}"
+            self._progress(name, look + 1, self.settings.corrections, "")
+        return new
 
     @torch.no_grad()
     def _by_sparsegpt(self, shares: Sequence[float], number: int) -> Cut:

@@ -31,6 +31,8 @@ class Settings:
     """What gets a sparsity of its own."""
     repair: bool = False
     """What stays of a matrix makes up for what goes, before it is trained."""
+    corrections: int = 0
+    """Times that a cut by `global` is looked at as a whole, and saliencies scaled by matrix."""
     training: Training = field(default_factory=Training)
     new_tokens: int = 128
     seed: int = 0
@@ -67,6 +69,14 @@ class Settings:
             raise SchemeError(
                 f"--allocate global compares weights of different matrices, and {self.criterion} "
                 "has another unit in each; take --criterion fisher, or --allocate kl"
+            )
+        if self.corrections < 0:
+            raise SchemeError(f"{self.corrections} corrections were asked for; expected 0 or more")
+        if self.corrections and (self.allocate != "global" or self.pattern is not None):
+            what = "a pattern" if self.pattern is not None else f"--allocate {self.allocate}"
+            raise SchemeError(
+                f"--correct scales saliencies by matrix, and {what} does not compare them between "
+                "matrices; leave it out, or take --allocate global"
             )
         by_levels = ("kl", *MEASURED)
         if self.allocate in by_levels and self.pattern is None and self.sparsity > LEVELS[-1]:
