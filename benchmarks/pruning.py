@@ -25,7 +25,7 @@ SETTINGS = ("rounds", "steps", "train_batch", "lr", "loss", "lift", "n_saliency"
 """Options that a run's numbers depend on, kept with them."""
 
 KEPT = ("sparsity", "loss", "before", "after", "repaired", "corrected_from")
-"""Of each round."""
+"""What is kept of each round."""
 
 N_SALIENCY, RATE = 64, 3e-4
 
@@ -99,8 +99,9 @@ def main() -> None:
 
 
 def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: int) -> Settings:
-    """`way` is a criterion and an allocation, and `repair` or `correct3` if wanted."""
+    """`way` is a criterion and an allocation, and `repair` and `correct3` (or another number)."""
     criterion, allocate, *more = way.split("/")
+    looks = [int(one.removeprefix("correct")) for one in more if one != "repair"]
     return Settings(
         sparsity=sparsity,
         rounds=arguments.rounds,
@@ -116,7 +117,7 @@ def settings_of(arguments: argparse.Namespace, way: str, sparsity: float, seed: 
         ),
         n_saliency=arguments.n_saliency,
         repair="repair" in more,
-        corrections=sum(int(one[len("correct") :]) for one in more if one.startswith("correct")),
+        corrections=sum(looks),
         seed=seed,
     )
 

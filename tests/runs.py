@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import tiny
+from divergent_tokens.compress.components import find_components
+from divergent_tokens.compress.plan_file import PlanFile
 from divergent_tokens.measure.batches import BatchSize
 from divergent_tokens.measure.completions import Completions
 from divergent_tokens.measure.head import Head, find_head
@@ -113,3 +115,14 @@ def failing_above(n: int, error: Exception) -> Callable[[PreTrainedModel], None]
         network.forward = limited
 
     return change
+
+
+def plan_for(base, scheme="int4:g16"):
+    names = [component.name for component in find_components(base.network)]
+    identity = {
+        "reference": base.reference,
+        "fingerprint": base.fingerprint,
+        "model_type": base.network.config.model_type,
+        "config": base.network.config.to_dict(),
+    }
+    return PlanFile(identity, dict.fromkeys(names, scheme), 1, 2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import runs
 from divergent_tokens import attributions
-from divergent_tokens.attributions import DOUBT, FURTHEST, costs_of, scales
+from divergent_tokens.attributions import DOUBT, LEAST, MOST, costs_of, scales
 from divergent_tokens.compress.components import component_view, find_components, weight_of
 from divergent_tokens.compress.prune import share_mask
 from divergent_tokens.errors import SchemeError
@@ -216,7 +216,7 @@ def test_what_costs_as_it_was_told_is_not_scaled(told, factor):
 def test_scales_stay_within_their_bounds(pair):
     found = scales(*pair)
     assert (found >= 0.25).all()
-    assert (found <= FURTHEST).all()
+    assert (found <= MOST).all()
 
 
 def test_both_bounds_are_met():
@@ -224,7 +224,7 @@ def test_both_bounds_are_met():
     told[0] = 1.0
     costs = np.zeros(1000)
     costs[1] = 1.0
-    assert scales(costs, told)[:2].tolist() == [0.25, FURTHEST]
+    assert scales(costs, told)[:2].tolist() == [LEAST, MOST]
 
 
 @given(pairs(COSTS), SHARES, SHARES)
@@ -288,22 +288,33 @@ def test_without_doubt_it_is_the_ratio_of_the_shares(pair):
         patch.setattr(attributions, "DOUBT", 0)
         found = scales(costs, told)
     ratio = (costs / costs.sum()) / (told / told.sum())
-    np.testing.assert_allclose(found, ratio.clip(0.25, FURTHEST), rtol=1e-9)
+    np.testing.assert_allclose(found, ratio.clip(0.25, MOST), rtol=1e-9)
+
+
+def test_where_nothing_is_seen_a_scale_stays():
+    before = np.array([4.0, 0.5, 9.0])
+    told = np.array([1.0, 1.0, 1.0])
+    assert scales(np.zeros(3), told, before).tolist() == before.tolist()
+    assert scales(np.array([1.0, 1.0, np.nan]), told, before)[2] == 9.0
+    np.testing.assert_allclose(scales(told, told, before)[:2], scales(told, told / before)[:2])
 
 
 # --- corrections ---
 
 
-def run(base, out, *, corrections, rounds=2, steps=0):
+def run(base, out, *, corrections, rounds=2, steps=0, lifted=False, repair=False, plan=None):
+    training = Training(steps=steps, batch_size=4, micro_batch=4, learning_rate=1e-3, lifted=lifted)
     settings = Settings(
         sparsity=0.5,
         rounds=rounds,
         corrections=corrections,
         n_saliency=8,
+        repair=repair,
         new_tokens=6,
-        training=Training(steps=steps, batch_size=4, micro_batch=4, learning_rate=1e-3),
+        training=training,
     )
-    return prune(base, find_components(base.network), SEQUENCES, runs.prompts(3), out, settings)
+    components = find_components(base.network)
+    return prune(base, components, SEQUENCES, runs.prompts(3), out, settings, plan=plan)
 
 
 def n_zeros(record):
@@ -323,7 +334,7 @@ def watched(monkeypatch):
         seen.cuts.append((values, before, new))
         return new
 
-    def costs(model, components, gone, teacher, ids):
+    def costs(model, components, gone, teacher, ids, **_):
         drawn = rng.exponential(size=len(components)) ** 2
         seen.looks.append((model, list(gone), teacher, ids, drawn))
         return drawn
@@ -384,7 +395,7 @@ def test_a_matrix_whose_part_of_the_cut_costs_much_is_spared(tmp_path, monkeypat
     base = runs.model()
     names = [component.name for component in find_components(base.network)]
 
-    def costs(_model, components, *_):
+    def costs(_model, components, *_, **__):
         return np.array([100.0 if c.name == names[2] else 1.0 for c in components])
 
     monkeypatch.setattr(run_module, "costs_of", costs)
@@ -463,11 +474,66 @@ def test_corrections_that_could_not_act_are_refused():
     with pytest.raises(SchemeError, match=r"--correct scales .* and a pattern does not"):
         Settings(sparsity=0.5, corrections=1, pattern=(2, 4), rounds=1)
     assert Settings(sparsity=0.5, corrections=1).corrections == 1
+    with pytest.raises(SchemeError, match="leave --correct out, or have one threshold"):
+        Settings(sparsity=0.5, corrections=1, criterion="wanda", allocate="uniform")
 
 
-def test_where_nothing_is_seen_a_scale_stays() -> None:
-    before = np.array([4.0, 0.5, 9.0])
-    told = np.array([1.0, 1.0, 1.0])
-    assert scales(np.zeros(3), told, before).tolist() == before.tolist()
-    assert scales(np.array([1.0, 1.0, np.nan]), told, before)[2] == 9.0
-    np.testing.assert_allclose(scales(told, told, before)[:2], scales(told, told / before)[:2])
+def test_one_matrix_has_nothing_to_be_compared_with(tmp_path):
+    base = runs.model()
+    one = of(base)[:1]
+    settings = Settings(sparsity=0.5, rounds=1, corrections=1, training=Training(steps=0))
+    with pytest.raises(SchemeError, match=f"--correct compares matrices, and {one[0].name}"):
+        prune(base, one, SEQUENCES, runs.prompts(3), tmp_path / "out", settings)
+
+
+@pytest.mark.parametrize(("lifted", "repair"), [(False, False), (True, False), (False, True)])
+def test_a_corrected_run_that_was_stopped_goes_on_to_the_same_weights(
+    tmp_path, monkeypatch, lifted, repair
+):
+    base = runs.model()
+    options = {"corrections": N_LOOKS, "rounds": 3, "steps": 2, "lifted": lifted, "repair": repair}
+    whole = run(base, tmp_path / "whole", **options)
+    own = run_module.Run.round
+
+    def stop(self, number, target):
+        if number == 2:
+            raise KeyboardInterrupt
+        return own(self, number, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "round", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path / "parts", **options)
+    parts = run(base, tmp_path / "parts", **options)
+    assert parts["rounds"] == whole["rounds"]
+    pair = [load_model(tmp_path / name, device="cpu").network for name in ("whole", "parts")]
+    for one, other in zip(*(network.parameters() for network in pair), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_under_a_plan_a_model_has_moved_from_the_first_round_on(tmp_path, monkeypatch):
+    base = runs.changed(runs.model(), lambda network: network)
+    own = [p.detach().clone() for p in base.network.parameters()]
+    asked = []
+
+    def costs(*arguments, moved, **options):
+        asked.append(moved)
+        return costs_of(*arguments, moved=moved, **options)
+
+    monkeypatch.setattr(run_module, "costs_of", costs)
+    planned = run(base, tmp_path / "planned", corrections=1, plan=runs.plan_for(base))
+    run(base, tmp_path / "plain", corrections=1)
+    assert asked == [True, True, False, True]
+    assert [len(one["corrected_from"]) for one in planned["rounds"]] == [1, 1]
+    for before, after in zip(own, base.network.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_without_a_move_the_way_starts_without_a_slope(model):
+    base = runs.model()
+    components = of(model)
+    gone = least_of(model, components, 0.3)
+    whole = costs_of(model, components, gone, base, IDS)
+    np.testing.assert_allclose(
+        costs_of(model, components, gone, base, IDS, moved=False), whole, atol=1e-7 * whole.max()
+    )

@@ -787,19 +787,8 @@ def test_a_repair_is_judged_on_sequences_that_it_was_not_seen_on(base, tmp_path,
     assert not texts["seen"] & texts["judged"]
 
 
-def plan_for(base, scheme="int4:g16"):
-    names = [component.name for component in of(base)]
-    identity = {
-        "reference": base.reference,
-        "fingerprint": base.fingerprint,
-        "model_type": base.network.config.model_type,
-        "config": base.network.config.to_dict(),
-    }
-    return PlanFile(identity, dict.fromkeys(names, scheme), 1, 2)
-
-
 def test_a_plan_is_measured_with_the_zeros(base, tmp_path):
-    record = run(base, tmp_path, rounds=2, plan=plan_for(base))
+    record = run(base, tmp_path, rounds=2, plan=runs.plan_for(base))
     loaded = load_model(tmp_path / "out", device="cpu")
     path = tmp_path / "out" / "plan.json"
     candidates = plan_candidates(loaded, path)
@@ -820,9 +809,9 @@ def test_a_plan_is_measured_with_the_zeros(base, tmp_path):
 def test_plans_that_hang_on_the_bases_weights_are_refused(base, tmp_path):
     for scheme in ("gptq:int4:g16", "from:elsewhere"):
         with pytest.raises(SchemeError, match="is made once, for the base's own weights"):
-            run(base, tmp_path, plan=plan_for(base, scheme))
+            run(base, tmp_path, plan=runs.plan_for(base, scheme))
     with pytest.raises(RecordError, match="is another model"):
-        run(runs.noisy(base), tmp_path, plan=plan_for(base))
+        run(runs.noisy(base), tmp_path, plan=runs.plan_for(base))
 
 
 # --- the rest ---
@@ -860,7 +849,11 @@ def test_from_the_command_line(base, tmp_path, dtm):
     again = dtm(*arguments, "--sparsity", "0.5", *out)
     assert again.code == 2
     assert "--overwrite" in again.err
-    assert dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite").code == 0
+    corrected = dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite", "--correct", "2")
+    assert corrected.code == 0
+    assert "looked at 2 times as a whole" in corrected.out
+    found = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert [len(one["corrected_from"]) for one in found["rounds"]] == [2, 2]
     (tmp_path / "out" / "notes.txt").write_text("mine")
     mixed = dtm(*arguments, "--sparsity", "0.5", *out, "--overwrite")
     assert mixed.code == 2
@@ -896,6 +889,7 @@ def test_options_that_could_not_act_are_refused(dtm, tmp_path):
         (["--sparsity", "0.5", "--pattern", "2:4"], "found both"),
         (["--pattern", "2:4", "--lift"], "a pattern is cut at once"),
         (["--pattern", "2:4", "--allocate", "kl"], "so that --allocate kl would not act"),
+        (["--pattern", "2:4", "--correct", "1"], "leave --correct out"),
     ):
         done = dtm(*command, *arguments)
         assert (done.code, message in done.err) == (2, True), done.err
@@ -1122,14 +1116,14 @@ def test_what_no_round_could_do_is_said_first(base, tmp_path, monkeypatch):
         run(base, tmp_path, criterion="snip", allocate="uniform")
     with pytest.raises(DivergentTokensError, match="a learning rate of nan"):
         run(base, tmp_path, learning_rate=float("nan"))
-    wrong = PlanFile(plan_for(base).base, {"model.nothing": "int8"}, 1, 2)
+    wrong = PlanFile(runs.plan_for(base).base, {"model.nothing": "int8"}, 1, 2)
     with pytest.raises(SchemeError, match="is no component"):
         run(base, tmp_path, plan=wrong)
 
 
 def test_a_plan_may_name_the_head(base, tmp_path):
     (head,) = [c.name for c in find_components(base.network, include=["lm_head"])]
-    plan = PlanFile(plan_for(base).base, {head: "int8"}, 1, 2)
+    plan = PlanFile(runs.plan_for(base).base, {head: "int8"}, 1, 2)
     assert run(base, tmp_path, rounds=1, steps=0, plan=plan)["plan"]["digest"] == plan.digest
 
 

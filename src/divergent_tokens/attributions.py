@@ -4,7 +4,7 @@ A saliency is of one weight that goes alone. Where many go at once it may tell f
 goes of one matrix adds up (attention's queries most), and the others go too. So the KL that the
 whole cut brings is shared among the matrices by integrated gradients (Sundararajan et al. 2017,
 equation 1) along the straight way from the weights as they are to the cut. The shares add up to it,
-as far as two points on the way tell: less where much goes at once.
+less exactly the more goes at once, since only two points on the way are looked at.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ POINTS = ((0.0, 0.5), (1.0, 0.5))
 DOUBT = 0.3
 """Of the average matrix's cost, added to what is told and to what is found: a ratio of two small
 numbers says little."""
-FURTHEST = 64.0
-"""No saliency is scaled by more, nor by less than a quarter."""
+LEAST, MOST = 0.25, 64.0
+"""No saliency is scaled by less or more: too little is told often, and by far; too much rarely."""
 
 
 @torch.no_grad()
@@ -39,28 +39,45 @@ def costs_of(
     gone: Sequence[Tensor],
     teacher: Model,
     ids: Tensor,
+    *,
+    moved: bool = True,
     progress: Progress = silent,
 ) -> NDArray[np.float64]:
     """What letting the weights `gone` [bool, of each component] go adds to KL(teacher ‖ model).
 
     In nats per token, on sequences `ids` [sequence, token], by component; not a number for experts
-    that no token is sent to. The model is left as it was; the teacher is another network. Memory:
-    the weights that go.
+    that no token is sent to. A model that has not `moved` from its teacher has no slope, and one
+    pass less is made. The model is left as it was; the teacher is another network. Memory: the
+    weights that go, and single matrices' gradients.
     """
     weights = [weight_of(model.network, component) for component in components]
-    head = find_head(teacher.network)
     found = np.zeros(len(components))
-    unseen = set(range(len(components)))
     for place, share in POINTS:
-        with _part_of_the_way(weights, gone, place) as going:
-
-            def meet(i: int, gradients: Tensor) -> None:
-                slope = gradients.sum(0)[gone[i]].double() @ going[i].double()
-                found[i] -= share * float(slope)  # noqa: B023
-
-            unseen -= sequence_gradients(model, components, ids, meet, 0, head, progress)
-    found[list(unseen)] = np.nan
+        if place or moved:
+            with _part_of_the_way(weights, gone, place) as going:
+                slopes = _slopes(model, components, gone, going, teacher, ids, progress)
+            found -= share * slopes
     return found / (len(ids) * (ids.shape[1] - 1))
+
+
+def _slopes(
+    model: Model,
+    components: Sequence[Component],
+    gone: Sequence[Tensor],
+    going: Sequence[Tensor],
+    teacher: Model,
+    ids: Tensor,
+    progress: Progress,
+) -> NDArray[np.float64]:
+    """⟨∇ Σ KL(teacher ‖ model), what goes⟩, by component; not a number where nothing is met."""
+    found = np.full(len(components), np.nan)
+
+    def meet(i: int, gradients: Tensor) -> None:
+        slope = gradients.sum(0)[gone[i]].double() @ going[i].double()
+        found[i] = np.nansum([found[i], float(slope)])
+
+    sequence_gradients(model, components, ids, meet, 0, find_head(teacher.network), progress)
+    return found
 
 
 @contextmanager
@@ -96,5 +113,5 @@ def scales(
         return found
     doubt = DOUBT / seen.sum()
     ratio = (costs[seen] / total + doubt) / (told[seen] / expected + doubt)
-    found[seen] = np.clip(ratio, 0.25, FURTHEST)
+    found[seen] = np.clip(ratio, LEAST, MOST)
     return found

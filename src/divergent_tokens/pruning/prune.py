@@ -254,6 +254,11 @@ def _check_components(base: Model, components: Sequence[Component], settings: Se
             f"--granularity expert was asked for, and none of the {len(components)} components is "
             "an expert's; leave it out"
         )
+    if settings.corrections and len(components) == 1:
+        raise SchemeError(
+            f"--correct compares matrices, and {components[0].name} is the only one that was "
+            "chosen; leave --correct out, or choose others too"
+        )
     sees = settings.repair or (settings.allocate == "kl" and settings.pattern is None)
     check_components(base.network, components, settings.criterion, sees_inputs=sees)
     if settings.pattern is not None:

@@ -74,7 +74,8 @@ class Run:
         self.repaired: bool | None = None
         """Whether the last repair was kept; None where none was made."""
         self._seen_costs: list[float] = []
-        """KL in nats per token that the last cut was found to cost, before each correction."""
+        """KL in nats per token that the last cut was found to cost, before each correction; without
+        experts that no token was sent to."""
         self.recovery: Recovery | None = None
         if settings.training.steps:
             self.recovery = Recovery(
@@ -197,7 +198,15 @@ class Run:
             rng = np.random.default_rng([self.settings.seed, number, look])
             rows = rng.permutation(len(self.sequences.ids))[:N_SEQUENCES]
             ids = torch.from_numpy(self.sequences.ids[rows])
-            costs = costs_of(model, self.components, gone, self.base, ids)
+            costs = costs_of(
+                model,
+                self.components,
+                gone,
+                self.base,
+                ids,
+                moved=number > 0 or self._ground.plan is not None,
+                progress=self._progress,
+            )
             self._seen_costs.append(float(np.nansum(costs)))
             step = scales(costs, np.array(told), scale) / scale
             if look:  # halfway, or what is spared now would be the first to go next

@@ -76,7 +76,8 @@ class Settings:
             what = "a pattern" if self.pattern is not None else f"--allocate {self.allocate}"
             raise SchemeError(
                 f"--correct scales saliencies by matrix, and {what} does not compare them between "
-                "matrices; leave it out, or take --allocate global"
+                "matrices; leave --correct out, or have one threshold for all matrices "
+                "(--criterion fisher --allocate global, and a --sparsity)"
             )
         by_levels = ("kl", *MEASURED)
         if self.allocate in by_levels and self.pattern is None and self.sparsity > LEVELS[-1]:

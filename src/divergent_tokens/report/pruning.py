@@ -138,6 +138,10 @@ def notes(record: Record) -> Iterator[str]:
         )
     yield f"{_seen(record)}; keep the prompts and the text apart from them."
     yield from _overlap(record)
+    looks = record["settings"].get("corrections")
+    if looks:
+        times = "once" if looks == 1 else f"{looks} times"
+        yield f"Each cut was looked at {times} as a whole, and corrected (--correct)."
     left = [str(one["round"]) for one in record["rounds"] if one.get("repaired") is False]
     if left:
         yield (
