@@ -467,8 +467,12 @@ def test_experts_without_tokens_do_not_spoil_what_a_cut_costs(tmp_path):
 
 
 def test_corrections_that_could_not_act_are_refused():
-    with pytest.raises(SchemeError, match="-1 corrections were asked for; expected 0 or more"):
-        Settings(sparsity=0.5, corrections=-1)
+    for n in (-1, 21):
+        with pytest.raises(
+            SchemeError, match=rf"{n} corrections were asked for .* expected 0 to 20"
+        ):
+            Settings(sparsity=0.5, corrections=n)
+    assert Settings(sparsity=0.5, corrections=20).corrections == 20
     with pytest.raises(SchemeError, match=r"--correct scales .* and --allocate kl does not"):
         Settings(sparsity=0.5, corrections=1, allocate="kl")
     with pytest.raises(SchemeError, match=r"--correct scales .* and a pattern does not"):

@@ -120,9 +120,8 @@ def prune(
     correct: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="Times that the cut of --allocate global is looked at as a whole, and corrected "
-            "by what it costs each matrix: 3 where there is little or no training.",
+            help="Times that the cut of --allocate global is made again by what it costs each "
+            "matrix, 0 to 20; worth its time (take 3) with little or no training.",
         ),
     ] = 0,
     plan: Annotated[

@@ -13,6 +13,9 @@ from divergent_tokens.saliencies import (
     Criterion,
 )
 
+MOST_CORRECTIONS = 20
+"""Of a round; each goes through the model twice."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -70,8 +73,11 @@ class Settings:
                 f"--allocate global compares weights of different matrices, and {self.criterion} "
                 "has another unit in each; take --criterion fisher, or --allocate kl"
             )
-        if self.corrections < 0:
-            raise SchemeError(f"{self.corrections} corrections were asked for; expected 0 or more")
+        if not 0 <= self.corrections <= MOST_CORRECTIONS:
+            raise SchemeError(
+                f"{self.corrections} corrections were asked for (--correct); expected 0 to "
+                f"{MOST_CORRECTIONS}, of which the first three do most"
+            )
         if self.corrections and (self.allocate != "global" or self.pattern is not None):
             what = "a pattern" if self.pattern is not None else f"--allocate {self.allocate}"
             raise SchemeError(

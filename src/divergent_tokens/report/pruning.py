@@ -141,7 +141,7 @@ def notes(record: Record) -> Iterator[str]:
     looks = record["settings"].get("corrections")
     if looks:
         times = "once" if looks == 1 else f"{looks} times"
-        yield f"Each cut was looked at {times} as a whole, and corrected (--correct)."
+        yield f"Each cut was made again {times} by what it costs each matrix (--correct)."
     left = [str(one["round"]) for one in record["rounds"] if one.get("repaired") is False]
     if left:
         yield (
